@@ -1,0 +1,157 @@
+"""What may be wrong with the values of a volume, and the report of `python dataset.py` about a whole data set."""
+
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+from volume import DataError
+
+# In-mask medians of a plausible volume, and its unit. The key is the volume's name; a stroke source is 'ctp'.
+PLAUSIBLE = {'adc': (300, 2000, '1e-6 mm^2/s'), 'ctp': (0, 100, 'HU'), 'suvr': (0.3, 3, 'SUVR')}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One volume
+
+def binary(path, array):
+    """Mask or lesion as bool; DataError if it holds anything but 0 and 1."""
+    inside = array > 0.5
+    worst = np.abs(array - inside).max()
+    if worst > 1e-3:
+        odd = float(array.flat[np.abs(array - inside).argmax()])
+        raise DataError(f'{path} must hold only 0 and 1 but has the value {odd:.4g}; binarise it, for instance as (value > 0).')
+    return inside
+
+
+def lesion_inside(path, lesion, mask, share, mask_path):
+    """DataError if more than a share of the lesion lies outside the mask."""
+    outside, count = int((lesion & ~mask).sum()), int(lesion.sum())
+    if outside > share * count:
+        raise DataError(f'{path} has {outside} of {count} lesion voxels outside the mask ({mask_path}); correct the lesion or the mask.')
+
+
+def covers(volume, inside, own, mask, mask_path):
+    """DataError if a volume's field of view holds less than 80 % of the mask, which lies on the grid of `own`."""
+    voxel = [abs(np.linalg.det(one.affine[:3, :3])) for one in (volume, own)]
+    share = inside.sum() * voxel[0] / (mask.sum() * voxel[1])
+    if share < 0.8:
+        raise DataError(f'{volume.path} covers only {share:.0%} of the mask ({mask_path}); check the affines of both.')
+
+
+def varies(path, values):
+    """DataError if all values in the mask are the same."""
+    lo, hi = float(values.min()), float(values.max())
+    if not hi > lo:
+        raise DataError(f'{path} is constant inside the mask (all {lo:.4g}); replace the file or leave the subject out.')
+
+
+def units(path, kind, name, values, factor):
+    """DataError if the in-mask median (after unit_scale) is out of the plausible range; names the likely unit."""
+    if kind not in PLAUSIBLE:
+        return
+    lo, hi, unit = PLAUSIBLE[kind]
+    median = float(np.median(values))
+    if not lo <= median <= hi:
+        raise DataError(f'{path} has an in-mask median of {median:.4g} {unit}, expected {lo:g}..{hi:g}; '
+                        f'{_likely_unit(kind, name, median, factor)}.')
+
+
+def _likely_unit(kind, name, median, factor):
+    """The remedy: the power of ten that makes the median plausible, or what else the file may hold."""
+    lo, hi, unit = PLAUSIBLE[kind]
+    middle = {'adc': 800, 'ctp': 32, 'suvr': 1.2}[kind]
+    power = round(np.log10(middle / median)) if median > 0 else 0
+    scaled = median * 10.0 ** power
+    if kind == 'ctp':
+        if median < 0:
+            return "the mask reaches into air or the file is not in HU: check the mask, or convert to HU"
+        if 900 < median < 1200:
+            return 'the likely unit is HU + 1024: subtract 1024 and save again'
+        lo = 10
+    if kind == 'suvr' and power < -3:
+        return 'the likely unit is Bq/ml: divide by the mean of the cerebellum and save as SUVR'
+    if not power or not lo <= scaled <= hi:
+        return f"convert the file to {unit}, or set unit_scale['{name}']"
+    likely = {('adc', 6): 'mm^2/s', ('suvr', -2): 'percent'}.get(
+        (kind, power), f'1e{power - 6} mm^2/s' if kind == 'adc' else f'1e{power} {unit}')
+    return f"the likely unit is {likely}: set unit_scale['{name}'] = {factor * 10.0 ** power:g}"
+
+
+def facts(volume, frame_interval):
+    """What the summary says of a file."""
+    frames = volume.array.shape[3] if volume.array.ndim == 4 else None
+    orientation = ''.join(nib.aff2axcodes(volume.affine))
+    spacing = tuple(round(float(x), 2) for x in np.linalg.norm(volume.affine[:3, :3], axis=0))
+    return dict(shape=volume.shape, spacing=spacing, orientation=orientation, frames=frames, step=frame_interval or volume.time_step)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The whole data set
+
+def report(lists, faults, inspect, threads):
+    """
+    Inspect every subject of every list once, print the faults ('ID: sentence') and an indented summary; number of faults.
+
+    lists: split -> IDs; faults: what is wrong with the lists, (ID, sentence); inspect: ID -> dict(faults, volumes, ...).
+    """
+    ids = list(dict.fromkeys(id for names in lists.values() for id in names))
+    with ThreadPoolExecutor(threads) as pool:
+        found = dict(zip(ids, tqdm(pool.map(inspect, ids), total=len(ids), desc='checking', unit=' subjects', file=sys.stderr), strict=True))
+    faults = faults + [(id, sentence) for id in ids for sentence in found[id]['faults']]
+    for id, sentence in faults:
+        print(f'{id}: {" ".join(sentence.split())}')
+    for line in summary(lists, found):
+        print(f'  {line}')  # indented: no line but a fault's starts with an ID
+    wrong = len({id for id, _ in faults})
+    print(f'  {len(faults)} faults in {wrong} places' if faults else f'  No fault in {len(ids)} subjects.')
+    return len(faults)
+
+
+def summary(lists, found):
+    """Lines about what was read: counts, geometry, intensities, frames, lesions, labels."""
+    yield 'Subjects: ' + ', '.join(f'{len(names)} in {split}' for split, names in lists.items())
+    names = list(dict.fromkeys(name for one in found.values() for name in one['volumes']))
+    told = None
+    for name in names:
+        volumes = [one['volumes'][name] for one in found.values() if name in one['volumes']]
+        yield f'{name}:'
+        counts = {what: Counter(volume[what] for volume in volumes).most_common() for what in ('shape', 'spacing', 'orientation')}
+        for what, values in counts.items() if counts != told else ():
+            shown = ', '.join(f'{_plain(value)} ({count})' for value, count in values[:4])
+            yield f'  {what + (" mm" if what == "spacing" else "")}: {shown}' + (f' and {len(values) - 4} more' if values[4:] else '')
+        if counts == told:
+            yield f'  {len(volumes)} files on the grids of {names[0]}'
+        told = told or counts
+        frames = Counter(volume['frames'] for volume in volumes if volume['frames'])
+        if frames:
+            yield '  frames: ' + ', '.join(f'{value} ({count})' for value, count in frames.most_common())
+        steps = [volume['step'] * (volume['frames'] - 1) for volume in volumes if volume['frames']]
+        if steps:
+            yield f'  scan time: {min(steps):.4g}..{max(steps):.4g} s from the first to the last frame'
+            if min(steps) <= 0:
+                yield '  Note: some headers have no time step between frames; frame_interval in config.py states it.'
+            elif max(steps) > 1.25 * min(steps):
+                yield '  Note: frames are spread evenly over each scan, so that scans of other length show the bolus at another pace.'
+        percentiles = [volume['percentiles'] for volume in volumes if 'percentiles' in volume]
+        if percentiles:
+            low, middle, high = np.median(percentiles, axis=0)
+            yield f'  in the mask: median {middle:.4g}, 1 % {low:.4g}, 99 % {high:.4g} (each the median over subjects)'
+    extents = [one['extent'] for one in found.values() if 'extent' in one]
+    if extents:
+        yield f'largest mask on the working grid: {_plain(tuple(np.max(extents, axis=0)))} voxels'
+    lesions = np.array([one['lesion_ml'] for one in found.values() if 'lesion_ml' in one])
+    if len(lesions):
+        yield (f'lesion: {len(lesions)} subjects, {int((lesions == 0).sum())} of them with an empty lesion; '
+               f'volume median {np.median(lesions):.3g} ml, {lesions.min():.3g}..{lesions.max():.3g} ml')
+    if any('label' in one for one in found.values()):
+        for split, names in lists.items():
+            counts = Counter(found[id]['label'] for id in names if 'label' in found[id])
+            yield f'labels in {split}: ' + ', '.join(f'{label}: {count}' for label, count in sorted(counts.items()))
+
+
+def _plain(value):
+    return ' x '.join(f'{x:g}' for x in value) if isinstance(value, tuple) else value

@@ -1,0 +1,328 @@
+"""
+Every setting of every script. Edit the constants below, or override one for a run: python train_unet.py --batch_size 8
+
+Order of force: constants < preset < command line. The constants are the stroke demo; PRESETS holds the differences of the others.
+Each run prints the values that are not the constant's and where they came from; `python train_unet.py --help` lists them all.
+"""
+
+import ast
+import difflib
+import re
+import sys
+import types
+from pathlib import Path
+
+# ------------------------------------------------------------------------------------------------------------------
+# Experiment
+task = 'ctp2dwi'                 # ctp2dwi (2D slices, stroke metrics) or mri2pet (3D volumes, amyloid metrics)
+preset = 'ctp2dwi_demo'          # ctp2dwi_demo, mri2pet_demo, ctp2dwi, mri2pet, lapt, il_cldm: see PRESETS
+exp = 'exp_1'                    # results go to result/<exp>
+init_from = None                 # 'exp_1': take the earlier stages from that experiment instead of this one
+device = 'auto'                  # auto, cpu, cuda or cuda:1
+precision = 'auto'               # auto, fp32, bf16 or fp16 (CUDA, with loss scaling); auto: bf16 where the device is fast in it
+seed = 0                         # one seed for weights, data order, noise and sampling
+
+# Data
+data_root = 'data/phantom_ctp2dwi'                 # {root} in the templates below
+data_info = 'data/phantom_ctp2dwi/data_info'       # folder with train.txt, validation.txt, test.txt, data_info.csv
+cache_dir = 'cache'                                # preprocessed arrays; may be deleted at any time
+source = '{root}/{id}/ctp.nii.gz'                  # source image; * must match exactly one file
+targets = {'dwi': '{root}/{id}/dwi.nii.gz', 'adc': '{root}/{id}/adc.nii.gz'}
+mask = '{root}/{id}/mask.nii.gz'                   # brain mask; None: source > 0, largest component, holes filled
+lesion = '{root}/{id}/lesion.nii.gz'               # region of stage 3, needed in training only; None: no lesion term
+spatial_dims = 2                 # 2: axial slices, 3: volumes
+spacing = (3, 3, None)           # mm of the working grid; None keeps an axis as it is
+image_size = (64, 72)            # voxels of the working grid, multiples of 4; lower it (or raise spacing) when memory runs out
+frames = 15                      # time points of a 4D source; None for a 3D source
+frame_interval = None            # seconds between the frames of a 4D source; None: as its header says
+resample = False                 # True brings all volumes of a subject onto the first target's grid by their affines
+scaling = {'source': ('range', 0, 100), 'dwi': ('median', 0, 3), 'adc': ('range', 0, 3000)}  # range lo hi | median lo hi | quantile a b
+unit_scale = {'source': 1, 'dwi': 1, 'adc': 1}     # factor on a file's values, e.g. 1e6 for ADC in mm^2/s, 1000 for 1e-3 mm^2/s
+num_classes = 0                  # number of label values in data_info.csv; 0: labels are not read
+flip = True                      # augmentation: left-right flips
+shift = 2                        # augmentation: shifts by up to this many voxels
+workers = 0                      # loading processes; 0 reads the memory-mapped cache in the training process
+
+# Networks
+latent_channels = 8              # channels of the latent, a quarter of the image size along each axis
+normalise_latents = True         # latents to mean 0, std 1 per channel over the training set
+aae_channels = (32, 64, 96)      # widths at full, half and quarter resolution
+aae_blocks = 1                   # residual blocks a level
+disc_channels = (32, 64)         # widths of the patch discriminator
+unet_channels = (64, 128)        # widths of the latent U-Net, one a level
+unet_blocks = 1                  # residual blocks a level
+unet_attention = (1,)            # levels with self-attention, 0 the finest (always in the middle)
+cond_channels = 64               # channels of the encoded source
+cond_width = 32                  # first width of the source encoder
+dropout = 0.0                    # in the middle of the U-Net
+detail_branch = True             # stage 3: add R(source, D(z_0_hat)), a U-Net on the image grid
+detail_channels = (32, 64, 96)   # its widths, one a level
+checkpointing = False            # recompute activations in the backward pass: less memory, about a third more time
+
+# Diffusion
+predict = 'v'                    # v, z_0 or eps
+schedule = 'scaled_linear'       # scaled_linear, linear or cosine; rescaled to zero terminal SNR for v and z_0
+timesteps = 1000                 # T
+loss_weight = 'none'             # none or min_snr
+last_step_share = 0.15           # fraction of the training draws at t = T-1
+label_drop = 0.3                 # probability that a label is replaced by "unknown" in training
+
+# Training
+aae_steps = 900                  # optimiser steps of stage 1
+unet_steps = 900                 # of stage 2
+post_steps = 600                 # of stage 3
+batch_size = 32                  # samples a step and process; lower it when memory runs out
+accumulate = 1                   # gradient accumulation: steps of batch_size / accumulate samples at a time
+lr = 1e-3                        # peak learning rate of stage 2 (warm-up, then cosine to 1 %)
+aae_lr = 2e-3                    # of stage 1 (the discriminator: a quarter)
+post_lr = 5e-4                   # of stage 3
+warmup = 50                      # steps of linear warm-up
+grad_clip = 1.0                  # largest norm of the gradient
+ema = 0.999                      # decay of the weight average, reached gradually
+eval_every = 300                 # steps between validations
+save_every = 300                 # steps between saves for resuming
+w_adversarial = 1.0              # weight of the adversarial term against 100 x L1; 0 switches the discriminator off
+disc_start = 200                 # the discriminator trains from step 0, its loss counts from this step on
+disc_ramp = 200                  # ... and its weight rises over this many steps
+regression = False               # train_unet.py: train the baseline instead, a plain U-Net from source to target
+regression_channels = (48, 96, 192)  # its widths: about as many parameters as the three stages together
+regression_steps = 1800          # about the training time of the three stages together
+
+# Post-training
+post_loss = 'l1'                 # l1: against the real image; lapt: LAPT's squared error against the reconstruction
+lambda_t = 'constant'            # constant (1) or linear ((T-t)/T): weight of the pixel terms at time step t
+w_diffusion = 0.1                # weight of the diffusion loss in stage 3
+w_image = 0.5                    # weight of the error in the brain mask
+w_lesion = 0.5                   # weight of the error in the lesion
+post_last_step_share = 0.75      # last_step_share of stage 3
+detail_lr_scale = 2.0            # the detail branch starts from nothing: its learning rate is post_lr times this
+tune_decoder = True              # stage 3 also trains the decoder
+crop = None                      # 3D: decode only a crop of this many voxels around the lesion, e.g. (64, 64, 64)
+
+# Inference
+split = 'test'                   # train, validation or test
+sampler = 'one_step'             # one_step, ddim or ddpm
+num_steps = 50                   # steps of ddim and ddpm
+samples = 1                      # latents averaged before decoding; more than 1 also gives a std map
+guidance = 1.0                   # classifier-free guidance on the label; 1: off
+label = 'unknown'                # unknown, true (read from data_info.csv, said in the summary) or a class number
+eval_batch = 32                  # samples a forward pass without gradient
+input = None                     # one new source file instead of a split
+input_mask = None                # its brain mask
+out = None                       # output folder for --input
+# ------------------------------------------------------------------------------------------------------------------
+
+_MRI2PET_DATA = dict(
+    task='mri2pet', source='{root}/whole_MRI/{id}.nii', targets={'suvr': '{root}/whole_Abeta/{id}.nii'}, mask='{root}/mask/{id}.nii',
+    lesion='{root}/roi/{id}.nii', spatial_dims=3, frames=None, num_classes=2,
+    scaling={'source': ('quantile', 0.005, 0.995), 'suvr': ('range', 0, 3)}, unit_scale={'source': 1, 'suvr': 1})
+
+PRESETS = {
+    'ctp2dwi_demo': dict(),
+    'mri2pet_demo': dict(
+        _MRI2PET_DATA, exp='exp_mri2pet_demo', data_root='data/phantom_mri2pet', data_info='data/phantom_mri2pet/data_info',
+        spacing=(4, 4, 4), image_size=(40, 48, 40), batch_size=4, eval_batch=4, aae_channels=(16, 32, 64), disc_channels=(16, 32),
+        unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48), regression_channels=(24, 48, 96), regression_steps=900, aae_steps=400, unet_steps=500,
+        post_steps=250, eval_every=125, save_every=125, disc_start=100, disc_ramp=100),
+    # Full size, our recipe: LAPT's geometry and scale.
+    'ctp2dwi': dict(
+        exp='exp_ctp2dwi', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),
+        aae_channels=(64, 128, 256), aae_blocks=2, disc_channels=(64, 128), unet_channels=(224, 448, 896), unet_attention=(1, 2),
+        cond_channels=64, cond_width=64, detail_channels=(32, 64, 128), regression_channels=(64, 128, 256, 512), regression_steps=300000, aae_steps=100000, unet_steps=200000, post_steps=20000,
+        batch_size=16, lr=1e-4, aae_lr=2e-4, post_lr=2e-5, warmup=1000, ema=0.9999, eval_every=5000, save_every=1000,
+        disc_start=5000, disc_ramp=5000, shift=8),
+    # Full size, our recipe: IL-CLDM's geometry and scale.
+    'mri2pet': dict(
+        _MRI2PET_DATA, exp='exp_mri2pet', data_root='data/mri2pet', data_info='data_info', spacing=(1, 1, 1), image_size=(160, 192, 160),
+        latent_channels=4, aae_channels=(16, 32, 64), disc_channels=(16, 32), unet_channels=(128, 128, 256, 512), unet_attention=(3,),
+        cond_channels=32, cond_width=16, detail_channels=(16, 32, 64), regression_channels=(16, 32, 64, 128), regression_steps=150000, aae_steps=50000, unet_steps=100000, post_steps=10000,
+        batch_size=1, eval_batch=1, lr=1e-4, aae_lr=2e-4, post_lr=2e-5, warmup=1000, ema=0.9999, eval_every=5000, save_every=1000,
+        disc_start=5000, disc_ramp=5000, shift=4, crop=(96, 96, 96), checkpointing=True),
+    # The papers' own recipes. Departures of lapt: no vector quantisation (the latent is continuous), no perceptual loss, slices at the
+    # given spacing, the source encoded by a small trained network to the latent grid, L1 x 100 as reconstruction loss.
+    'lapt': dict(
+        exp='exp_lapt', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),
+        scaling={'source': ('range', 0, 200), 'dwi': ('quantile', 0.005, 0.995), 'adc': ('quantile', 0.005, 0.995)},
+        latent_channels=3, normalise_latents=False, aae_channels=(64, 128, 256), aae_blocks=2, disc_channels=(64, 128),
+        unet_channels=(224, 896, 1792), unet_attention=(1, 2), cond_channels=15, cond_width=64, detail_branch=False,
+        predict='eps', schedule='scaled_linear', loss_weight='none', last_step_share=0, label_drop=0,
+        aae_steps=100000, unet_steps=200000, post_steps=20000, batch_size=6, lr=4.8e-5, aae_lr=4.5e-6 * 8, post_lr=1.2e-5, warmup=1,
+        ema=0.9999, eval_every=5000, save_every=1000, disc_start=5000, disc_ramp=1, flip=False, shift=0,
+        post_loss='lapt', lambda_t='linear', w_diffusion=1.0, w_image=0.01, w_lesion=0.02, post_last_step_share=0, tune_decoder=False,
+        sampler='ddim', num_steps=50),
+    # Departures of il_cldm: the label is known in training and absent at sampling as published, but through the learned "unknown"
+    # embedding; stage 3 does not exist there (post_steps = 0); best checkpoint by psnr alone; 999 steps become T.
+    'il_cldm': dict(
+        _MRI2PET_DATA, exp='exp_il_cldm', data_root='data/mri2pet', data_info='data_info', spacing=(1, 1, 1), image_size=(160, 192, 160),
+        latent_channels=1, normalise_latents=False, aae_channels=(16, 32, 64), disc_channels=(16, 32),
+        unet_channels=(128, 128, 256, 512), unet_attention=(3,), cond_channels=1, cond_width=16, detail_branch=False,
+        predict='eps', schedule='linear', loss_weight='none', last_step_share=0, label_drop=0,
+        aae_steps=50000, unet_steps=100000, post_steps=0, batch_size=1, eval_batch=1, lr=1e-4, aae_lr=1e-4, warmup=1, ema=0.9999,
+        eval_every=5000, save_every=1000, disc_start=1000, disc_ramp=1, flip=False, shift=0, checkpointing=True,
+        sampler='ddpm', num_steps=1000, w_diffusion=1.0, post_last_step_share=0),
+}
+
+CHOICES = dict(
+    task=('ctp2dwi', 'mri2pet'), precision=('auto', 'fp32', 'bf16', 'fp16'), spatial_dims=(2, 3), predict=('v', 'z_0', 'eps'),
+    schedule=('scaled_linear', 'linear', 'cosine'), loss_weight=('none', 'min_snr'), post_loss=('l1', 'lapt'),
+    lambda_t=('constant', 'linear'), sampler=('one_step', 'ddim', 'ddpm'), split=('train', 'validation', 'test'))
+MAY_BE_NONE = dict(init_from=str, mask=str, lesion=str, frames=int, frame_interval=float, crop=tuple, input=str, input_mask=str, out=str)
+POSITIVE = ('batch_size', 'accumulate', 'lr', 'aae_lr', 'post_lr', 'eval_every', 'save_every', 'num_steps', 'samples', 'timesteps',
+            'latent_channels', 'eval_batch', 'grad_clip', 'aae_blocks', 'unet_blocks', 'warmup')
+
+DEFAULTS = {k: v for k, v in list(globals().items()) if k[0].islower() and not isinstance(v, (types.ModuleType, type, types.FunctionType))}
+
+
+class SettingError(ValueError):
+    """A setting that does not exist or has a wrong value; the message is one sentence for the user."""
+    one_sentence = True
+
+
+class Settings(types.SimpleNamespace):
+    """All settings as attributes. `origin[name]` is 'config.py', 'preset' or 'command line'."""
+
+    def as_dict(self):
+        return {name: getattr(self, name) for name in DEFAULTS}
+
+    def changes(self):
+        """Lines 'name = value (origin)' of all values that are not the constant's."""
+        return [f'{name} = {getattr(self, name)!r} ({self.origin[name]})' for name in DEFAULTS if getattr(self, name) != DEFAULTS[name]]
+
+
+def comments():
+    """The trailing comment of each constant, read from this file."""
+    found = re.findall(r'^([a-z_]+) = .*?  +# (.*)$', Path(__file__).read_text(encoding='utf-8'), flags=re.M)
+    return {name: text for name, text in found if name in DEFAULTS}
+
+
+def _unknown(name, known):
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return SettingError(f"there is no setting '{name}'" + (f"; did you mean '{near[0]}'?" if near else '; --help lists them all'))
+
+
+def check(name, value):
+    """The value in the setting's type (an int becomes a float, a list a tuple); SettingError naming the setting otherwise."""
+    default = DEFAULTS[name]
+    kind = MAY_BE_NONE.get(name) or (str if name == 'label' else type(default))
+    if value is None and name in MAY_BE_NONE:
+        return None
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and type(value) is list:
+        value = tuple(value)
+    if kind is str and type(value) is int:
+        value = str(value)
+    if type(value) is not kind:
+        raise SettingError(f"setting '{name}' must be {kind.__name__}, as in {name} = {default!r}, not {value!r}")
+    if name in CHOICES and value not in CHOICES[name]:
+        near = difflib.get_close_matches(str(value), [str(c) for c in CHOICES[name]], n=1)
+        raise SettingError(f"setting '{name}' is {value!r}, must be one of {', '.join(map(str, CHOICES[name]))}" +
+                           (f"; did you mean '{near[0]}'?" if near else ''))
+    if name in POSITIVE and not value > 0:
+        raise SettingError(f"setting '{name}' is {value!r}, must be above 0")
+    if kind in (int, float) and not value >= 0:
+        raise SettingError(f"setting '{name}' is {value!r}, must not be negative")
+    return value
+
+
+def parse(name, text):
+    """A command-line string as the setting's type."""
+    kind = str if name == 'label' else MAY_BE_NONE.get(name, type(DEFAULTS[name]))
+    if text == 'None' and name in MAY_BE_NONE:
+        return None
+    if kind is str:
+        return check(name, text)
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text
+    if kind is tuple and type(value) is int:
+        value = (value,)
+    return check(name, value)
+
+
+def load(description='', argv=None, extra=None):
+    """Settings from the constants, the preset and the command line (argv, default sys.argv[1:]).
+
+    extra: {name: (default, help)} of flags that only one script has, given as strings; a default of False makes it a switch.
+    Raises SettingError for an unknown name, a wrong type or an impossible combination.
+    """
+    argv, extra = list(sys.argv[1:] if argv is None else argv), extra or {}
+    if '--help' in argv or '-h' in argv:
+        print(usage(description, extra))
+        raise SystemExit(0)
+    given, flags = {}, {name: default for name, (default, _) in extra.items()}
+    while argv:
+        word = argv.pop(0)
+        if not word.startswith('--'):
+            raise SettingError(f"'{word}' is not understood: settings are given as --name value")
+        name, _, text = word[2:].partition('=')
+        name = name.replace('-', '_')
+        if name not in DEFAULTS and name not in extra:
+            raise _unknown(name, [*DEFAULTS, *extra])
+        if name in extra and extra[name][0] is False and '=' not in word:
+            flags[name] = True
+            continue
+        if '=' not in word:
+            if not argv:
+                raise SettingError(f"setting '{name}' has no value: --{name} VALUE")
+            text = argv.pop(0)
+        if name in extra:
+            flags[name] = text
+        else:
+            given[name] = parse(name, text)
+    cfg = Settings(**DEFAULTS, **flags, origin={name: 'config.py' for name in DEFAULTS})
+    chosen = given.get('preset', preset)
+    if chosen not in PRESETS:
+        near = difflib.get_close_matches(chosen, PRESETS, n=1)
+        raise SettingError(f"there is no preset '{chosen}'" + (f"; did you mean '{near[0]}'?" if near else f': {", ".join(PRESETS)}'))
+    for values, origin in ((PRESETS[chosen], f'preset {chosen}'), (given, 'command line')):
+        for name, value in values.items():
+            if name not in DEFAULTS:
+                raise _unknown(name, DEFAULTS)
+            setattr(cfg, name, check(name, value))
+            cfg.origin[name] = origin
+    cfg.preset = chosen
+    validate(cfg)
+    return cfg
+
+
+def validate(cfg):
+    """What one setting demands of another; SettingError otherwise."""
+    dims = cfg.spatial_dims
+    for name in ('spacing', 'image_size') + (('crop',) if cfg.crop else ()):
+        n = 3 if name == 'spacing' else dims
+        if len(getattr(cfg, name)) != n:
+            raise SettingError(f'{name} = {getattr(cfg, name)} needs {n} values with spatial_dims = {dims}')
+    for name in ('image_size', 'crop'):
+        if any(type(n) is not int or n < 8 or n % 4 for n in getattr(cfg, name) or ()):
+            raise SettingError(f'{name} = {getattr(cfg, name)} must be whole multiples of 4, at least 8: the autoencoder divides by 4')
+    for table in ('scaling', 'unit_scale'):
+        missing = {'source', *cfg.targets} - set(getattr(cfg, table))
+        if missing:
+            raise SettingError(f"{table} has no entry for {', '.join(sorted(missing))}, only for {', '.join(getattr(cfg, table))}")
+    for name, rule in cfg.scaling.items():
+        if len(rule) != 3 or rule[0] not in ('range', 'median', 'quantile') or not rule[1] < rule[2]:
+            raise SettingError(f"scaling of '{name}' is {rule!r}, must be ('range', lo, hi), ('median', lo, hi) or ('quantile', a, b)")
+    if not cfg.targets:
+        raise SettingError('targets is empty: name at least one target image')
+    if cfg.predict == 'eps' and cfg.sampler == 'one_step':
+        raise SettingError("sampler 'one_step' is refused with predict 'eps' (its error is multiplied by 84 at t = T-1); use --sampler ddim")
+    if cfg.batch_size % cfg.accumulate:
+        raise SettingError(f'batch_size {cfg.batch_size} must be a multiple of accumulate {cfg.accumulate}')
+    if cfg.label not in ('unknown', 'true') and not (cfg.label.isdigit() and int(cfg.label) < cfg.num_classes):
+        raise SettingError(f"label '{cfg.label}' must be unknown, true or a class number below num_classes = {cfg.num_classes}")
+    if not re.fullmatch(r'[\w.-]+', cfg.exp):
+        raise SettingError(f"exp '{cfg.exp}' must be a plain folder name")
+
+
+def usage(description, extra=None):
+    """The text of --help: every setting, its default and its comment."""
+    notes = comments()
+    lines = [description.strip(), '', 'Settings (--name value; constants in config.py < preset < command line):']
+    for name, (default, text) in (extra or {}).items():
+        lines.append(f'  --{name:<21} {text} [{default}]')
+    for name, value in DEFAULTS.items():
+        shown = repr(value) if len(repr(value)) < 60 else repr(value)[:57] + '...'
+        lines.append(f'  --{name:<21} {notes.get(name, "")} [{shown}]')
+    return '\n'.join(lines)

@@ -1,0 +1,282 @@
+"""
+The data set: the cached training samples of a list of subjects, their loader and augmentation. The door to the rooms behind it:
+subject.py (one subject in and out), volume.py (one volume), splits.py (which file is whose, who is in which list), check.py.
+
+python dataset.py                            check every file of every split; one line per fault, exit 1 if there is one
+python dataset.py --make_splits 0.7,0.1,0.2  write train.txt, validation.txt, test.txt for the subjects the templates find
+"""
+
+import hashlib
+import json
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import quote
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import check
+from splits import find_ids, label_of, make_splits, read_labels, read_lists, read_split, read_table
+from subject import Spec, Subject, load_subject, scaling_range
+from volume import DataError, failure, write_volume
+
+__all__ = ['Spec', 'Subject', 'Cohort', 'DataError', 'load_subject', 'loader', 'augment', 'read_split', 'read_labels', 'read_lists',
+           'make_splits', 'scaling_range', 'write_volume']
+
+CACHE_VERSION = 1  # raise it when the preprocessing changes: older caches are then built anew
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training samples
+
+class Cohort(torch.utils.data.Dataset):
+    """
+    The training samples of a list of subjects: slices with brain (2D) or subjects (3D), preprocessed once, cached on disk.
+
+    One .npy file a subject in spec.cache_dir, (n, C + K + 2, *S) float32: source, target, mask, lesion. Its name carries a hash
+    of the files' sizes and times and of the settings, so a change builds it anew. A sample is read from its place in the file
+    rather than through np.memmap, because mapped pages count as this process's memory and would grow with the cohort.
+    """
+
+    def __init__(self, spec, ids, labels=None):
+        root, cache = (os.path.realpath(os.path.expanduser(path)) for path in (spec.root, spec.cache_dir))
+        if os.path.commonpath([root, cache]) == root:
+            raise DataError(f'cache_dir {spec.cache_dir} lies inside data_root {spec.root}; set cache_dir to a folder outside it.')
+        if not ids:
+            raise DataError('no subject to train on: the list is empty; write one ID a line.')
+        self.spec, self.ids = spec, list(ids)
+        self.labels = [(labels or {}).get(id, spec.num_classes) for id in self.ids]
+        self.source_channels, self.target_channels = spec.frames or 1, len(spec.target_names)
+        _make_folder(cache)
+        self.files = _build_all(spec, self.ids, cache)  # (path, offset, shape) of each subject
+        self.ends = np.cumsum([shape[0] for _, _, shape in self.files])
+        self.size = self.files[0][2][2:]
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def locate(self, i):
+        """Number of the subject and of its sample."""
+        subject = int(np.searchsorted(self.ends, i, side='right'))
+        return subject, int(i - (self.ends[subject - 1] if subject else 0))
+
+    def id_of(self, i):
+        return self.ids[self.locate(i)[0]]
+
+    def names(self, batch):
+        """IDs of the subjects in a batch, for messages."""
+        return [self.id_of(i) for i in batch['index'].tolist()]
+
+    def __getitem__(self, i):
+        return {name: value[0] for name, value in self.__getitems__([i]).items()}
+
+    def __getitems__(self, indices):
+        """The batch of some samples, read straight into its tensors: source (B, C, *S), target, mask, lesion, label, index."""
+        indices = [int(i) % len(self) for i in indices]
+        channels = {'source': self.source_channels, 'target': self.target_channels, 'mask': 1, 'lesion': 1}
+        batch = {name: torch.empty((len(indices), count, *self.size)) for name, count in channels.items()}
+        views = [memoryview(tensor.numpy()).cast('B') for tensor in batch.values()]
+        places = [self.locate(i) for i in indices]
+        for row, (subject, sample) in enumerate(places):
+            path, offset, shape = self.files[subject]
+            with open(path, 'rb', buffering=0) as file:
+                file.seek(offset + sample * 4 * int(np.prod(shape[1:])))
+                for view in views:
+                    length = len(view) // len(indices)
+                    part = view[row * length:(row + 1) * length]
+                    if file.readinto(part) != length:
+                        raise DataError(f'{path} is shorter than it was; delete it, it will be built anew.')
+        batch['label'] = torch.tensor([self.labels[subject] for subject, _ in places])
+        batch['index'] = torch.tensor(indices)
+        return batch
+
+
+def _make_folder(path):
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise DataError(f'cache_dir {path} cannot be made ({error.strerror}); set another cache_dir.') from error
+
+
+def _cache_path(spec, id, cache):
+    """Where a subject's samples are cached; another name for every change of a file or a setting."""
+    key = [CACHE_VERSION, spec.travel()]
+    for name in spec.names():
+        path = os.path.abspath(spec.path(name, id))
+        key.append([name, path, os.path.getsize(path), os.stat(path).st_mtime_ns])
+    return os.path.join(cache, f'{quote(id, safe="")}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.npy')
+
+
+def _open_cache(path):
+    """(path, offset, shape) of a complete cache file, else None."""
+    try:
+        with open(path, 'rb') as file:
+            np.lib.format.read_magic(file)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            offset = file.tell()
+        complete = os.path.getsize(path) == offset + int(np.prod(shape)) * 4 and dtype == np.float32
+        return (path, offset, shape) if complete else None
+    except (OSError, ValueError):
+        return None
+
+
+def _build(spec, id, cache):
+    """The cache file of one subject, built if it is not there: written beside and moved."""
+    try:
+        path = _cache_path(spec, id, cache)
+    except DataError as error:
+        raise DataError(f'{id}: {error}') from error
+    found = _open_cache(path)
+    if found:
+        return found
+    subject = load_subject(spec, id)
+    lesion = subject.lesion if subject.lesion is not None else np.zeros_like(subject.mask)
+    brain = subject.mask.any(axis=tuple(range(1, subject.mask.ndim)))
+    parts = (subject.source, subject.target, subject.mask, lesion)
+    samples = np.concatenate(parts, axis=1)[brain]
+    beside = f'{path}.{os.getpid()}.tmp'
+    try:
+        with open(beside, 'wb') as file:
+            np.save(file, samples)
+        os.replace(beside, path)
+    except OSError as error:
+        if os.path.exists(beside):
+            os.remove(beside)
+        raise DataError(f'{id}: {path} cannot be written ({failure(error)}); free space or set another cache_dir.') from error
+    return _open_cache(path)
+
+
+def _build_all(spec, ids, cache):
+    """Cache files of all subjects, several at a time: unpacking and arithmetic leave the interpreter's lock."""
+    for name in os.listdir(cache):  # what a killed run left half-written
+        path = os.path.join(cache, name)
+        if name.endswith('.tmp') and time.time() - os.path.getmtime(path) > 3600:
+            os.remove(path)
+    rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    order = np.roll(np.arange(len(ids)), -len(ids) * rank // world)  # each process of torchrun starts elsewhere in the list
+    files = [None] * len(ids)
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        try:
+            jobs = pool.map(lambda i: (i, _build(spec, ids[i], cache)), order)
+            for i, found in tqdm(jobs, total=len(ids), desc='reading subjects', unit='', leave=False, delay=0.5):
+                files[i] = found
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return files
+
+
+def cpu_count():
+    """Processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+class _Batches:
+    """Endless lists of sample numbers: the stream of permutations, one an epoch, cut into world * batch_size a step."""
+
+    def __init__(self, count, batch_size, seed, start_step, rank, world):
+        self.settings = count, batch_size, seed, start_step, rank, world
+
+    def __iter__(self):
+        count, batch_size, seed, step, rank, world = self.settings
+        epochs = {}
+        while True:
+            first = (step * world + rank) * batch_size
+            wanted = [divmod(position, count) for position in range(first, first + batch_size)]
+            for epoch in {epoch for epoch, _ in wanted} - set(epochs):
+                epochs[epoch] = np.random.default_rng((seed % 2**32, epoch)).permutation(count)
+            epochs = {epoch: epochs[epoch] for epoch in epochs if epoch >= wanted[0][0]}
+            yield [int(epochs[epoch][place]) for epoch, place in wanted]
+            step += 1
+
+
+def loader(cohort, batch_size, seed, start_step, rank=0, world=1, workers=0):
+    """Endless batches, a pure function of (seed, rank, step): a resumed run draws the same; workers only read ahead."""
+    batches = _Batches(len(cohort), batch_size, seed, start_step, rank, world)
+    if workers == 0:
+        return map(cohort.__getitems__, batches)
+    return iter(torch.utils.data.DataLoader(cohort, batch_sampler=batches, num_workers=workers, collate_fn=_as_is))
+
+
+def _as_is(batch):
+    return batch
+
+
+BACKGROUND = {'source': -1, 'target': -1, 'mask': 0, 'lesion': 0}
+
+
+def augment(batch, generator, flip=True, shift=2):
+    """Left-right flip (first spatial axis) and whole-voxel shifts up to `shift`, drawn per sample, alike for all its arrays."""
+    images = {name: batch[name] for name in BACKGROUND if name in batch}
+    first = next(iter(images.values()))
+    count, size = len(first), first.shape[2:]
+    device = generator.device if generator is not None else 'cpu'
+    flips = (torch.rand(count, generator=generator, device=device) < 0.5).tolist()
+    shifts = torch.randint(-shift, shift + 1, (count, len(size)), generator=generator, device=device).tolist()
+    moved = {name: torch.full_like(image, BACKGROUND[name]) for name, image in images.items()}
+    for i in range(count):
+        put = (slice(None), *(slice(max(0, s), n + min(0, s)) for s, n in zip(shifts[i], size, strict=True)))
+        take = (slice(None), *(slice(max(0, -s), n + min(0, -s)) for s, n in zip(shifts[i], size, strict=True)))
+        for name, image in images.items():
+            part = image[i].flip(1) if flip and flips[i] else image[i]
+            moved[name][i][put] = part[take]
+    return {**batch, **moved}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The check
+
+def inspect(spec, table, id):
+    """All that is wrong with one subject, and what the summary says of it."""
+    found = dict(faults=[], volumes={})
+    load_subject(spec, id, report=found)
+    if spec.num_classes:
+        try:
+            found['label'] = label_of(table.get(id), spec.num_classes, spec.data_info)
+        except DataError as error:
+            found['faults'].append(str(error))
+    return found
+
+
+def _write_splits(spec, shares, seed):
+    """The three lists from the subjects whose files are all there."""
+    complete = []
+    for id in find_ids(spec.source, spec.root):
+        try:
+            complete += [id] if all(spec.path(name, id) for name in spec.names()) else []
+        except DataError as error:
+            print(f'  left out {id}: {error}')
+    lists = make_splits(complete, spec.data_info, shares, seed)
+    for split, names in lists.items():
+        print(f'  {len(names)} subjects in {os.path.join(spec.data_info, split)}.txt')
+    return 0
+
+
+def main(cfg):
+    """Check the data set, or with --make_splits write its lists; exit code 0, or 1 if there is a fault."""
+    spec = Spec.from_settings(cfg)
+    for line in cfg.changes():
+        if line.split(' = ')[0] in {'data_root', *Spec.__dataclass_fields__}:
+            print(f'  {line}')
+    if cfg.make_splits:
+        return _write_splits(spec, cfg.make_splits, cfg.seed)
+    lists, faults = read_lists(spec.data_info)
+    try:
+        table = read_table(spec.data_info)
+    except DataError:
+        table = {}  # read_lists has said so
+    return 1 if check.report(lists, faults, lambda id: inspect(spec, table, id), cpu_count()) else 0
+
+
+if __name__ == '__main__':
+    import config
+    try:
+        code = main(config.load(__doc__, extra={'make_splits': ('', 'shares of train, validation and test, e.g. 0.7,0.1,0.2')}))
+    except Exception as error:
+        if not getattr(error, 'one_sentence', False):
+            raise
+        sys.exit(f'Error: {error}')
+    sys.exit(code)

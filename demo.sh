@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# From nothing to results on made data: environment, phantoms, all stages, inference, figures, the test table.
+#
+#   bash demo.sh                     stroke: CT perfusion to DWI and ADC (preset ctp2dwi_demo)
+#   bash demo.sh mri2pet_demo        amyloid: T1 MRI to PET
+#   bash demo.sh ctp2dwi_demo --exp exp_9 --seed 1      settings after the preset go to every stage
+#
+# Run it again to go on where it stopped. SUBJECTS=12 bash demo.sh makes fewer phantoms. Both tasks may run at once.
+set -euo pipefail
+
+case ${1:-} in
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+    '' | -*) preset=ctp2dwi_demo ;;
+    ctp2dwi_demo | mri2pet_demo) preset=$1; shift ;;
+    *) echo "demo.sh: the demos are ctp2dwi_demo and mri2pet_demo, not '$1'; other presets need your own data: see config.py." >&2; exit 2 ;;
+esac
+
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+cd "$here"
+export PYTHONUNBUFFERED=1       # the stages' lines appear as they are printed, though they pass through tee
+times=$(printf '%-12s %6d s' set-up "$SECONDS")
+
+# stage NAME SCRIPT ARGUMENTS: runs one script, shows and logs what it prints, and notes the seconds.
+stage() {
+    local name=$1 began=$SECONDS
+    shift
+    printf '\n=== %s: python %s\n' "$name" "$*"
+    if ! "$python" "$@" 2>&1 | tee "$logs/$name.log"; then
+        printf '\ndemo.sh: the step %s failed; what it printed is in %s. Run the same command again to go on from there.\n' \
+            "$name" "$logs/$name.log" >&2
+        exit 1
+    fi
+    times+=$(printf '\n%-12s %6d s' "$name" $((SECONDS - began)))
+}
+
+# What the settings make of the preset and the arguments: the last line holds the task, the experiment and the data folder.
+settings=$("$python" -c '
+import sys
+import config
+try:
+    cfg = config.load("demo", argv=sys.argv[1:])
+except config.SettingError as error:
+    sys.exit(f"demo.sh: {error}.")
+print(cfg.task, cfg.exp, cfg.data_root, sep="\t")
+' --preset "$preset" "$@") || exit 1
+IFS=$'\t' read -r task exp data <<< "${settings##*$'\n'}"
+
+logs=result/demo_$exp
+mkdir -p "$logs"
+
+# phantom.py makes what is missing, and refuses a folder that holds anything else.
+stage phantom phantom.py --task "$task" --out "$data" --subjects "${SUBJECTS:-96}" --seed 1
+stage train_aae train_aae.py --preset "$preset" "$@"
+stage train_unet train_unet.py --preset "$preset" "$@"
+stage post_train post_train.py --preset "$preset" "$@"
+stage infer infer.py --preset "$preset" --split test "$@"
+stage plot plot.py --preset "$preset" "$@"
+
+printf '\n=== test subjects: result/%s/test_summary.csv\n' "$exp"
+"$python" -c '
+import sys
+import pandas
+import metrics
+print(metrics.format_table(pandas.read_csv(sys.argv[1])))
+' "result/$exp/test_summary.csv"
+printf '\n=== figures\n'
+ls -d "$here/result/$exp"/fig/*.png "$here/result/$exp/report.html"
+printf '\n=== time\n%s\n%-12s %6d s\n' "$times" 'in all' "$SECONDS"

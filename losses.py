@@ -1,0 +1,44 @@
+"""
+Losses, each returning one value per sample (B,), so that a non-finite one can be traced to its subject.
+Images are (B, K, *S) in [-1, 1], masks (B, 1, *S) in {0, 1}. Denominators are clamped: an empty region gives 0, never 0/0.
+"""
+
+
+import torch.nn.functional as F
+
+
+def l1(pred, target):
+    """Mean absolute error over channels and field of view."""
+    return (pred - target).abs().flatten(1).mean(1)
+
+
+def hinge_discriminator(real_score, fake_score):
+    """Hinge loss of the discriminator: scores of real images above 1, of reconstructions below -1."""
+    return 0.5 * (F.relu(1 - real_score).flatten(1).mean(1) + F.relu(1 + fake_score).flatten(1).mean(1))
+
+
+def hinge_generator(fake_score):
+    """The autoencoder's side of the hinge loss: raise the score of the reconstruction."""
+    return -fake_score.flatten(1).mean(1)
+
+
+def region_l1(pred, target, region):
+    """Mean absolute error over channels and the voxels of a region; 0 where the region is empty."""
+    error = ((pred - target).abs() * region).flatten(1).sum(1)
+    return error / (pred.shape[1] * region.flatten(1).sum(1)).clamp(min=1)
+
+
+def lapt_error(pred, target, weight, region):
+    """LAPT's squared error, sum of weight * (pred - target)^2 over channels and field of view, divided by the region's voxel count.
+
+    weight is 1 for the image term (region: the brain mask) and the lesion mask for the lesion term (region: the lesion).
+    """
+    error = ((pred - target).square() * weight).flatten(1).sum(1)
+    return error / region.flatten(1).sum(1).clamp(min=1)
+
+
+def post_training_error(pred, target, mask, lesion, kind):
+    """(E_mask, E_lesion) of stage 3, each (B,). kind: 'l1' or 'lapt'."""
+    if kind == 'l1':
+        return region_l1(pred, target, mask), region_l1(pred, target, lesion)
+    return lapt_error(pred, target, 1, mask), lapt_error(pred, target, lesion, lesion)

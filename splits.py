@@ -1,0 +1,208 @@
+"""Who is in which split, and which file is whose: path templates, the three lists and data_info.csv, new lists."""
+
+import csv
+import glob
+import os
+import random
+import re
+
+from volume import DataError
+
+SPLITS = ('train', 'validation', 'test')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Path templates: {root} and {id} are filled in, * stands for any part of a file or folder name
+
+def _other_suffix(path):
+    """x.nii <-> x.nii.gz; None for other names."""
+    if path.endswith('.nii.gz'):
+        return path[:-3]
+    return path + '.gz' if path.endswith('.nii') else None
+
+
+def _root(root):
+    return os.path.normpath(os.path.expanduser(str(root)))
+
+
+def _fill(template, root, id):
+    """The glob pattern of a template; only its own * are wild, whatever characters root and id hold."""
+    if '{id}' not in template:
+        raise DataError(f"template '{template}' lacks {{id}}, which stands for the subject; correct it in config.py.")
+    words = {'root': _root(root), 'id': str(id)}
+    try:
+        return '*'.join(glob.escape(part.format(**words)) for part in template.split('*'))
+    except (KeyError, IndexError, ValueError) as error:
+        raise DataError(f"template '{template}' may hold only {{root}}, {{id}} and * in config.py.") from error
+
+
+def find_file(template, root, id):
+    """The one file that a template names; .nii also finds .nii.gz and the other way round. DataError for none or several."""
+    pattern = _fill(template, root, id)
+    for candidate in (pattern, _other_suffix(pattern)):
+        found = sorted(glob.glob(candidate)) if candidate else []
+        if len(found) > 1:
+            raise DataError(f"{len(found)} files match '{_plain(candidate)}' ({', '.join(found)}); keep one or make the template "
+                            f'in config.py more precise.')
+        if found:
+            return found[0]
+    raise DataError(f'{_plain(pattern)} is missing (nor is there {_plain(_other_suffix(pattern) or pattern)}); add it, correct the '
+                    f'template or data_root in config.py, or take the subject off its list.')
+
+
+def _plain(pattern):
+    """A glob pattern as the user would write it."""
+    return re.sub(r'\[([*?[])\]', r'\1', pattern)
+
+
+def find_ids(template, root):
+    """All IDs for which a template finds a file."""
+    pattern = '*'.join(glob.escape(part.format(root=_root(root), id='\0')).replace('\0', '*')
+                       for part in template.split('*'))
+    parts = re.split(r'(\{id\}|\{root\}|\*)', re.sub(r'\.nii(\.gz)?$', '', template))
+    seen, expression = False, ''
+    for part in parts:
+        if part == '{id}':
+            expression += '(?P=id)' if seen else '(?P<id>[^/]+?)'
+            seen = True
+        else:
+            expression += {'*': '[^/]*', '{root}': re.escape(_root(root))}.get(part, re.escape(part))
+    expression += r'(\.nii(\.gz)?)?' if re.search(r'\.nii(\.gz)?$', template) else ''
+    files = [file for p in (pattern, _other_suffix(pattern)) if p for file in glob.glob(p)]
+    found = (re.fullmatch(expression, file) for file in files)
+    return sorted({match['id'] for match in found if match})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Lists and labels
+
+def _read_ids(path):
+    """IDs of one list: one a line, empty lines and lines starting with # left out; None if there is no such file."""
+    if not os.path.isfile(path):
+        return None
+    with open(path, encoding='utf-8-sig') as file:
+        return [line.strip() for line in file if line.strip() and not line.startswith('#')]
+
+
+def read_table(data_info):
+    """Rows of data_info.csv as dict ID -> dict of strings; {} if there is no such file."""
+    path = os.path.join(data_info, 'data_info.csv')
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding='utf-8-sig', newline='') as file:
+        text = file.read()
+    delimiter = max(',;\t', key=text.split('\n', 1)[0].count)  # spreadsheets of some countries write ;
+    rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
+    rows = [{(k or '').strip(): (v or '').strip() for k, v in row.items() if not isinstance(v, list)} for row in rows]
+    if rows and 'ID' not in rows[0]:
+        raise DataError(f'{path} has no column ID, only {", ".join(rows[0])}; its first line must be ID,label or ID,label,patient.')
+    table = {}
+    for row in rows:
+        if row['ID'] and table.setdefault(row['ID'], row) != row:
+            raise DataError(f"{path} has two different rows for {row['ID']}; keep one.")
+    return table
+
+
+def read_lists(data_info):
+    """
+    (lists, faults): lists is dict split -> IDs; faults are (ID or file name, sentence) for an ID or a patient in two lists,
+    an ID twice in one, an empty or missing list.
+    """
+    lists, faults, where, visits = {}, [], {}, {}
+    try:
+        table = read_table(data_info)
+    except DataError as error:
+        table, faults = {}, [('data_info.csv', str(error))]
+    for split in SPLITS:
+        path = os.path.join(data_info, f'{split}.txt')
+        ids = _read_ids(path)
+        lists[split] = list(dict.fromkeys(ids or []))
+        if not ids:
+            what = 'is missing' if ids is None else 'names no subject'
+            faults.append((f'{split}.txt', f'{path} {what}; write one ID a line, or run python dataset.py --make_splits 0.7,0.1,0.2.'))
+        for id in sorted({id for id in lists[split] if ids.count(id) > 1}):
+            faults.append((id, f'{path} names it {ids.count(id)} times; keep one line.'))
+        for id in lists[split]:
+            if id in where:
+                faults.append((id, f'{path} and {os.path.join(data_info, where[id])}.txt both name it; remove it from one.'))
+                continue
+            where[id] = split
+            patient = table.get(id, {}).get('patient') or id
+            other = visits.setdefault(patient, (id, split))
+            if other[1] != split:
+                faults.append((id, f'{path} names it, and {os.path.join(data_info, other[1])}.txt names {other[0]}, of the same patient '
+                                   f'{patient}; put all visits of a patient in one list.'))
+    return lists, faults
+
+
+def read_split(data_info, split):
+    """IDs of 'train', 'validation' or 'test'. DataError if that list is empty, or an ID or a patient is in two lists."""
+    lists, faults = read_lists(data_info)
+    for name, sentence in faults:
+        if name not in {f'{other}.txt' for other in SPLITS if other != split}:  # another list may be absent
+            raise DataError(f'{name}: {sentence}')
+    return lists[split]
+
+
+def label_of(row, num_classes, data_info):
+    """The label in one row of data_info.csv; DataError if it is missing or not one of 0..num_classes - 1."""
+    path = os.path.join(data_info, 'data_info.csv')
+    text = (row or {}).get('label', '')
+    if not text:
+        raise DataError(f'{path} has no label for it; add one of 0..{num_classes - 1}, or set num_classes = 0.')
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if value not in range(num_classes):
+        raise DataError(f"{path} has the label '{text}', but num_classes = {num_classes} allows 0..{num_classes - 1}; correct one.")
+    return int(value)
+
+
+def read_labels(data_info, ids, num_classes):
+    """dict ID -> label. DataError if a label is missing or out of range."""
+    table, labels = read_table(data_info), {}
+    for id in ids:
+        try:
+            labels[id] = label_of(table.get(id), num_classes, data_info)
+        except DataError as error:
+            raise DataError(f'{id}: {error}') from error
+    return labels
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# New lists
+
+def make_splits(ids, data_info, shares, seed=0):
+    """
+    Write train.txt, validation.txt and test.txt: shares as '0.7,0.1,0.2', at random but the same for the same IDs and seed,
+    all visits of a patient (data_info.csv) in one list, every list filled. Existing lists are an error. Returns dict split -> IDs.
+    """
+    try:
+        parts = [float(word) for word in str(shares).replace('(', '').replace(')', '').split(',')]
+    except ValueError:
+        parts = []
+    if len(parts) != 3 or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
+        raise DataError(f'--make_splits {shares} must be three positive shares that sum to 1, for instance 0.7,0.1,0.2.')
+    existing = [os.path.join(data_info, f'{split}.txt') for split in SPLITS if _read_ids(os.path.join(data_info, f'{split}.txt'))]
+    if existing:
+        raise DataError(f'{", ".join(existing)} exists already; move it away first, so that no split is lost.')
+    table, visits = read_table(data_info), {}
+    for id in sorted(ids):
+        visits.setdefault(table.get(id, {}).get('patient') or id, []).append(id)
+    if len(visits) < 3:
+        raise DataError(f'three lists need at least 3 patients, but the templates found {len(visits)} ({len(ids)} subjects); '
+                        f'correct data_root or the templates in config.py.')
+    patients = sorted(visits)
+    random.Random(seed).shuffle(patients)
+    validation = max(1, round(parts[1] * len(patients)))
+    test = max(1, min(round(parts[2] * len(patients)), len(patients) - validation - 1))
+    chosen = {'validation': patients[:validation], 'test': patients[validation:validation + test], 'train': patients[validation + test:]}
+    lists = {split: sorted(id for patient in chosen[split] for id in visits[patient]) for split in SPLITS}
+    os.makedirs(data_info, exist_ok=True)
+    for split, names in lists.items():
+        path = os.path.join(data_info, f'{split}.txt')
+        with open(f'{path}.tmp', 'w', encoding='utf-8') as file:
+            file.write(''.join(f'{id}\n' for id in names))
+        os.replace(f'{path}.tmp', path)
+    return lists

@@ -1,0 +1,327 @@
+"""
+One subject in and out: the settings that decide how files become arrays, reading, checks, and the way back to its own grid.
+"""
+
+import json
+import os
+from dataclasses import dataclass, field
+
+import nibabel as nib
+import numpy as np
+import torch
+
+import check
+import grid as grids
+import volume as vol
+from splits import find_file
+from volume import DataError
+
+TRAVEL = ('task', 'spatial_dims', 'spacing', 'image_size', 'frames', 'frame_interval', 'resample', 'scaling', 'unit_scale',
+          'num_classes', 'target_names')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How files become arrays
+
+@dataclass
+class Spec:
+    """Where the files are (paths, from the settings) and how they become arrays (what travels in a checkpoint)."""
+    root: str = ''
+    data_info: str = ''
+    cache_dir: str = 'cache'
+    source: str = ''
+    targets: dict = field(default_factory=dict)
+    mask: str | None = None
+    lesion: str | None = None
+    task: str = 'ctp2dwi'
+    spatial_dims: int = 2
+    spacing: tuple | None = None
+    image_size: tuple | None = None
+    frames: int | None = None
+    frame_interval: float | None = None
+    resample: bool = False
+    scaling: dict = field(default_factory=dict)
+    unit_scale: dict = field(default_factory=dict)
+    num_classes: int = 0
+    target_names: tuple = ()
+
+    @classmethod
+    def from_settings(cls, cfg, **override):
+        """cfg: any object with the settings as attributes; override: for instance the travelling part out of a checkpoint."""
+        values = {name: getattr(cfg, name) for name in cls.__dataclass_fields__ if hasattr(cfg, name)}
+        values.update(root=cfg.data_root, target_names=tuple(cfg.targets))
+        values.update(override)
+        for name in ('spacing', 'image_size', 'target_names'):
+            values[name] = tuple(values[name]) if values.get(name) else () if name == 'target_names' else None
+        values['scaling'] = {name: tuple(rule) for name, rule in values['scaling'].items()}
+        values['frames'] = int(values.get('frames') or 0) or None
+        return cls(**values)
+
+    def travel(self):
+        """The part that a checkpoint keeps: plain numbers, strings, lists and dicts."""
+        plain = {name: getattr(self, name) for name in TRAVEL}
+        return json.loads(json.dumps(plain))  # tuples become lists
+
+    def path(self, name, id):
+        """The file of 'source', 'mask', 'lesion' or a target; DataError if it is missing or not the only one."""
+        template = getattr(self, name) if name in ('source', 'mask', 'lesion') else self.targets.get(name)
+        if template is None:
+            raise DataError(f"targets in config.py has no entry '{name}', which the checkpoint predicts; add its path.")
+        return find_file(template, self.root, id)
+
+    def has_truth(self, id):
+        """Whether all target files of a subject are there."""
+        try:
+            return all(self.path(name, id) for name in self.target_names)
+        except DataError:
+            return False
+
+    def names(self, with_truth=True):
+        """The volumes of a subject, the source first."""
+        truth = (*self.target_names, 'lesion') if with_truth else ()
+        return [name for name in ('source', 'mask', *truth) if name not in ('mask', 'lesion') or getattr(self, name)]
+
+
+def scaling_range(spec, target):
+    """(lo, hi) of a target's scaling in the units of a prediction: dwi (0, 3) medians, adc (0, 3000), suvr (0, 3)."""
+    return vol.scaling_range(spec.scaling[target])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One subject
+
+@dataclass
+class Subject:
+    """
+    One subject on the working grid (RAS, spacing, image_size), and the way back to its own grid, that of the source file.
+
+    2D: N axial slices of (X, Y), C = frames. 3D: N = 1 volume of (X, Y, Z).
+    """
+    id: str
+    spec: Spec
+    source: np.ndarray             # (N, C, *S) in [-1, 1], background -1
+    mask: np.ndarray               # (N, 1, *S) 0 or 1
+    target: np.ndarray | None      # (N, K, *S) in [-1, 1], background -1
+    lesion: np.ndarray | None      # (N, 1, *S) 0 or 1
+    native_mask: np.ndarray        # (X, Y, Z) bool
+    native_lesion: np.ndarray | None
+    shape: tuple                   # native grid
+    affine: np.ndarray
+    geometry: dict                 # qform and sform fields of the source's header
+    grid: tuple                    # working grid: shape (X, Y, Z), affine
+    volumes: dict                  # target -> (Volume, mask on its grid, limits of its scaling)
+
+    @property
+    def spacing(self):
+        """mm per native voxel."""
+        return tuple(float(x) for x in np.linalg.norm(self.affine[:3, :3], axis=0))
+
+    @property
+    def voxel_ml(self):
+        """Millilitres per native voxel."""
+        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000
+
+    @property
+    def axial_axis(self):
+        """The native axis whose direction is nearest to head-foot."""
+        return int(np.flatnonzero(nib.io_orientation(self.affine)[:, 0] == 2)[0])
+
+    def to_native(self, pred):
+        """pred (N, K, *S) in [-1, 1] -> dict target -> (X, Y, Z) float32 in physical units, clipped to the range, 0 outside the mask."""
+        pred, mask = (_as_volume(x, self.spec.spatial_dims) for x in (pred, self.mask))
+        native, share = grids.onto_inside(pred, mask[0] > 0.5, self.grid[1], self.affine, self.shape)
+        grids.fill_nearest(native, share[0] > 0.01, self.native_mask)  # the mask's rim, rounded away on a coarser grid
+        names = self.spec.target_names
+        return {name: np.where(self.native_mask, vol.unscale(image, self.spec.scaling[name]), np.float32(0))
+                for name, image in zip(names, native, strict=True)}
+
+    def to_native_raw(self, array):
+        """array (N, C, *S) -> (X, Y, Z), or (X, Y, Z, C) if C > 1: geometry only."""
+        native = grids.onto(_as_volume(array, self.spec.spatial_dims), self.grid[1], self.affine, self.shape)
+        return native[0] if len(native) == 1 else np.moveaxis(native, 0, -1)
+
+    def truth(self):
+        """dict target -> (X, Y, Z) float32 in the units of `to_native`, not clipped, on the native grid."""
+        if not self.volumes:
+            raise DataError(f'{self.id}: was read without its target images.')
+        truth = {}
+        for name, (volume, mask, limits) in self.volumes.items():
+            array = volume.array
+            if volume.affine is not self.affine:  # another grid, with resample
+                moved, share = grids.onto_inside(array[None], mask, volume.affine, self.affine, self.shape)
+                array = grids.fill_nearest(moved, share[0] > 0.01, self.native_mask)[0]
+            truth[name] = vol.to_units(array, self.spec.scaling[name], limits)
+        return truth
+
+
+def _as_volume(array, spatial_dims):
+    """(N, C, *S), array or tensor -> (C, X, Y, Z) float32; 2D slices are stacked along Z."""
+    array = array.detach().cpu().float().numpy() if torch.is_tensor(array) else np.asarray(array, np.float32)
+    return array.transpose(1, 2, 3, 0) if spatial_dims == 2 else array[0]
+
+
+def load_subject(spec, id=None, files=None, with_truth=True, report=None):
+    """
+    Read and preprocess one subject: by ID through the templates, or, in no list, files = {'source': path, 'mask': path or None}.
+
+    with_truth=False reads source and mask alone. Raises DataError 'ID: sentence' at the first fault. With report, a dict, all
+    faults are gathered in report['faults'] and what was read in report['volumes'] instead; returns None if there was one.
+    """
+    if files is not None:
+        id, with_truth = id or os.path.basename(files['source']).split('.')[0], False
+
+    def fault(error):
+        if report is None:
+            raise DataError(f'{id}: {error}') from error
+        report['faults'].append(str(error))
+
+    volumes = _read_files(spec, id, files, with_truth, fault, report)
+    if 'source' not in volumes or ('mask' not in volumes and (spec.mask if files is None else files.get('mask'))):
+        return None  # without them nothing more can be said
+    source, targets = volumes['source'], [name for name in spec.target_names if name in volumes]
+
+    # The mask, and the lesion, each on its own grid.
+    try:
+        mask_path = volumes['mask'].path if 'mask' in volumes else f'{source.path} > 0'
+        given = 'mask' in volumes
+        own = volumes['mask'] if given else source
+        mask = check.binary(own.path, own.array) if given else grids.derive_mask(_mean_image(source.array))
+        if not mask.any():
+            raise DataError(f'{mask_path} is empty: no voxel is inside the mask; replace the mask or leave the subject out.')
+    except DataError as error:
+        fault(error)
+        return None
+    masks = {name: _move_mask(mask, own, volumes[name]) for name in ('source', *targets, 'lesion') if name in volumes}
+    lesion = None
+    if 'lesion' in volumes:
+        try:
+            lesion = check.binary(volumes['lesion'].path, volumes['lesion'].array)
+            exact = given and volumes['lesion'].affine is own.affine
+            check.lesion_inside(volumes['lesion'].path, lesion, masks['lesion'], 0 if exact else 0.05, mask_path)
+            lesion &= masks['lesion']
+        except DataError as error:
+            fault(error)
+
+    # Values inside the mask: do they vary, is the unit plausible, what becomes -1 and 1.
+    limits = {}
+    for name in ('source', *targets):
+        volume = volumes[name]
+        try:
+            values = volume.array.T[..., masks[name].T]  # the file's own order of voxels: no strided reads
+            check.covers(volume, masks[name], own, mask, mask_path)
+            check.varies(volume.path, values)
+            kind = {'ctp2dwi': 'ctp'}.get(spec.task) if name == 'source' else name
+            check.units(volume.path, kind, name, values, spec.unit_scale.get(name, 1))
+            try:
+                limits[name] = vol.scaling_limits(spec.scaling[name], values)
+            except ValueError as error:
+                raise DataError(f'{volume.path} cannot be scaled: {error}; correct the file or scaling in config.py.') from error
+            if report is not None:
+                report['volumes'][name]['percentiles'] = np.percentile(values.ravel()[::7], (1, 50, 99))
+        except DataError as error:
+            fault(error)
+
+    # The working grid: that of the source (resample: of the first target, where it is there), turned, spaced, cropped.
+    shape, affine = source.shape, source.affine
+    try:
+        if spec.resample and files is None and spec.target_names:
+            first = volumes.get(spec.target_names[0])
+            shape, affine = (first.shape, first.affine) if first else vol.read_grid(spec.path(spec.target_names[0], id))
+    except DataError:
+        pass  # an ID without truth: the source's own grid
+    spaced = grids.turn_and_space(shape, affine, spec.spacing)
+    working = grids.onto(mask[None].astype(np.float32), own.affine, spaced[1], spaced[0])[0] >= 0.5
+    size = (*(spec.image_size or (None,) * spec.spatial_dims), None)[:3]
+    extent = grids.mask_extent(working)
+    if not working.any():
+        fault(DataError(f'{mask_path} is empty on the working grid; check its affine, or lower spacing = {spec.spacing}.'))
+    elif any(n and n < m for n, m in zip(size, extent, strict=True)):
+        fault(DataError(f'{mask_path} spans {tuple(extent[:spec.spatial_dims])} voxels of the working grid, more than image_size = '
+                        f'{spec.image_size}; raise image_size, or raise spacing = {spec.spacing}.'))
+    if report is not None:
+        if lesion is not None:
+            report['lesion_ml'] = lesion.sum() * abs(np.linalg.det(volumes['lesion'].affine[:3, :3])) / 1000
+        report['extent'] = extent
+        return None
+    grid = grids.crop_to_mask(working, spaced[1], size)
+
+    def on_grid(name, array):
+        """array (C, X, Y, Z) of a volume -> (N, C, *S), scaled."""
+        out = np.empty((grid[0][2], len(array), *grid[0][:2]) if spec.spatial_dims == 2 else (1, len(array), *grid[0]), np.float32)
+        view = out.transpose(1, 2, 3, 0) if spec.spatial_dims == 2 else out[0]
+        if name not in limits:
+            grids.onto(array, own.affine if name == 'mask' else volumes[name].affine, grid[1], grid[0], view)
+            return np.greater_equal(out, 0.5, out=out, casting='unsafe')
+        grids.onto_inside(array, masks[name], volumes[name].affine, grid[1], grid[0], view)
+        vol.scale(out, limits[name])
+        np.copyto(out, -1, where=work_mask == 0)
+        return out
+
+    work_mask = on_grid('mask', mask[None].astype(np.float32))
+    image = source.array[..., None] if source.array.ndim == 3 else vol.resample_time(source.array, spec.frames)
+    target = np.concatenate([on_grid(name, volumes[name].array[None]) for name in targets], axis=1) if targets else None
+    native = [_move_mask(array, volumes.get(name, own), source) if array is not None else None
+              for name, array in (('mask', mask), ('lesion', lesion))]
+    return Subject(
+        id, spec, on_grid('source', np.moveaxis(image, -1, 0)), work_mask, target,
+        on_grid('lesion', lesion[None].astype(np.float32)) * work_mask if lesion is not None else None,
+        *native, source.shape, source.affine, source.geometry, grid, {name: (volumes[name], masks[name], limits[name]) for name in targets})
+
+
+def _read_files(spec, id, files, with_truth, fault, report):
+    """dict name -> Volume of all files that can be read and lie on the source's grid (or anywhere, with resample)."""
+    volumes = {}
+    for name in spec.names(with_truth) if files is None else [name for name in ('source', 'mask') if files.get(name)]:
+        try:
+            path = spec.path(name, id) if files is None else files[name]
+            if not os.path.isfile(path):
+                raise DataError(f'{path} is missing; correct the path.')
+            volume = vol.read_volume(path)
+            if name == 'source' and spec.frames and volume.array.ndim == 3:
+                raise DataError(f'{path} has no frames: 3 dimensions {volume.array.shape} where a 4D series is expected; give the 4D file, '
+                                f'or set frames = None for a 3D source.')
+            if volume.array.ndim != (4 if name == 'source' and spec.frames else 3):
+                more = ', or set frames for a 4D source' if name == 'source' else ''
+                raise DataError(f'{path} has {volume.array.ndim} dimensions {volume.array.shape}, expected 3; give the 3D file{more}.')
+            factor = spec.unit_scale.get(name, 1)
+            if factor != 1:
+                volume.array *= np.float32(factor)
+            if report is not None:
+                report['volumes'][name] = check.facts(volume, spec.frame_interval)
+            volumes[name] = volume
+        except DataError as error:
+            fault(error)
+    return _same_grid(volumes, spec.resample, fault)
+
+
+def _same_grid(volumes, resample, fault):
+    """The volumes that lie on the grid of most of them (resample: all), without differences below the tolerance."""
+    groups = []  # volumes on one grid; that of the source comes first
+    for volume in volumes.values():
+        for group in groups:
+            if not grids.difference(volume.shape, volume.affine, group[0].shape, group[0].affine):
+                volume.affine = group[0].affine
+                group.append(volume)
+                break
+        else:
+            groups.append([volume])
+    most = max(groups, key=len, default=None)
+    for group in groups:
+        if group is not most and not resample:
+            here, there = grids.difference(group[0].shape, group[0].affine, most[0].shape, most[0].affine)
+            for volume in group:
+                fault(DataError(f'{volume.path} has {here}, but {most[0].path} has {there}; correct one, or set resample = True to bring '
+                                f"all onto the first target's grid."))
+                volumes = {name: other for name, other in volumes.items() if other is not volume}
+    return volumes
+
+
+def _mean_image(array):
+    return array if array.ndim == 3 else array.mean(axis=3, dtype=np.float32)
+
+
+def _move_mask(mask, own, other):
+    """A mask on its own volume's grid -> bool on another volume's grid."""
+    if own.affine is other.affine:
+        return mask
+    return grids.onto(mask[None].astype(np.float32), own.affine, other.affine, other.shape)[0] >= 0.5

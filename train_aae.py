@@ -1,0 +1,147 @@
+"""
+Stage 1: train the adversarial autoencoder on the target images, then the latents' mean and std.
+
+python train_aae.py                        settings in config.py, results in result/<exp>/
+python train_aae.py --batch_size 16        the same with one setting changed
+torchrun --nproc_per_node=4 train_aae.py   several GPUs; run any of these again to resume, --restart begins anew
+"""
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+import config
+import dataset
+import losses
+import metrics
+import utils
+from model import AAE, Discriminator, count_parameters
+
+TERMS = ['loss', 'l1', 'adversarial', 'discriminator', 'grad_norm']
+FIXED = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'scaling', 'unit_scale', 'latent_channels', 'normalise_latents', 'aae_channels', 'aae_blocks',
+         'disc_channels', 'w_adversarial', 'flip', 'shift', 'ema', 'seed', 'batch_size', 'aae_lr')
+
+
+def adversarial_weight(step, cfg):
+    """Weight of the adversarial term: 0 until disc_start (the discriminator trains alone), then a ramp over disc_ramp steps."""
+    return cfg.w_adversarial * min(1, max(0, (step - cfg.disc_start + 1) / max(1, cfg.disc_ramp)))
+
+
+@torch.no_grad()
+def latent_statistics(run, aae, cohort, batch_size):
+    """Mean and std of the latents per channel over the training set (shared by the processes), written into the AAE's buffers."""
+    aae.latent_mean.zero_()
+    aae.latent_std.fill_(1)
+    sums = torch.zeros(3, aae.args['latent_channels'], dtype=torch.float64)
+    index = list(range(len(cohort)))[run.rank::run.world]
+    for i in range(0, len(index), batch_size):
+        image = torch.stack([cohort[j]['target'] for j in index[i:i + batch_size]]).to(run.device)
+        with run.autocast():
+            z = aae.encode(image).double().cpu().transpose(0, 1).flatten(1)  # (c, values)
+        sums += torch.stack([z.sum(1), z.square().sum(1), torch.full((len(z),), z.shape[1], dtype=torch.float64)])
+    total = run.mean(sums.to(run.device, torch.float64)).cpu()
+    mean = total[0] / total[2]
+    std = (total[1] / total[2] - mean ** 2).clamp(min=1e-12).sqrt()
+    aae.latent_mean.copy_(mean.view_as(aae.latent_mean))
+    aae.latent_std.copy_(std.view_as(aae.latent_std))
+
+
+def validate(run, aae, spec, ids, batch_size):
+    """Means of psnr, ssim, mae (and lesion_mae) of the reconstructions over the validation subjects, on each subject's own grid."""
+    rows, ranges = [], {name: dataset.scaling_range(spec, name) for name in spec.targets}
+    for id in ids[run.rank::run.world]:
+        subject = dataset.load_subject(spec, id)
+        pred = subject.to_native(utils.in_batches(run, aae, batch_size, subject.target))
+        rows.append(metrics.quick_row(pred, subject.truth(), subject.native_mask, subject.native_lesion, ranges, spec.task, axis=subject.axial_axis))
+    return pd.DataFrame(run.gather(rows)).mean().to_dict()
+
+
+def mean_image(cohort):
+    """The training set's mean target: {'image': (N, K, *S) float32, 'centre': the slice at the brain's middle}.
+
+    Slices of different subjects are matched by their distance from the middle one. A baseline that every model must beat.
+    """
+    parts = [[cohort[i]['target'] for i in range(start, end)] for start, end in zip([0, *cohort.ends[:-1]], cohort.ends)]
+    centre = max((len(p) - 1) // 2 for p in parts)
+    total = torch.zeros(centre + max(len(p) - (len(p) - 1) // 2 for p in parts), *parts[0][0].shape)
+    count = torch.zeros(len(total))
+    for p in parts:
+        first = centre - (len(p) - 1) // 2
+        total[first:first + len(p)] += torch.stack(p)
+        count[first:first + len(p)] += 1
+    return dict(image=total / count.clamp(min=1).view(-1, *[1] * (total.ndim - 1)), centre=centre)
+
+
+def main():
+    cfg = config.load(__doc__, extra={'restart': (False, 'begin anew, keep the old run aside')})
+    run = utils.Run(cfg.device, cfg.precision)
+    spec = dataset.Spec.from_settings(cfg)
+    train_ids, validation_ids = (dataset.read_split(cfg.data_info, split) for split in ('train', 'validation'))
+    stage = utils.Stage(run, cfg, 'aae', FIXED, lists=utils.seed_key(train_ids, validation_ids))
+    with stage.main_first():
+        cohort = dataset.Cohort(spec, train_ids)
+
+    utils.seed_everything(cfg.seed, 'aae weights')
+    aae = run.place(AAE(cfg.spatial_dims, len(cfg.targets), cfg.latent_channels, cfg.aae_channels, cfg.aae_blocks))
+    disc = run.place(Discriminator(cfg.spatial_dims, len(cfg.targets), cfg.disc_channels))
+    opt, disc_opt, ema = utils.adam(aae.parameters()), utils.adam(disc.parameters()), utils.EMA(aae, cfg.ema)
+    stage.describe(f'autoencoder {count_parameters(aae):,} parameters, discriminator {count_parameters(disc):,}, {len(train_ids)} training subjects, '
+                   f'{len(cohort)} samples, effective batch {cfg.batch_size * run.world}')
+    if not stage.resume(cfg.aae_steps, TERMS, metrics.QUICK, len(cohort) / cfg.batch_size / run.world,
+                        aae=aae, disc=disc, opt=opt, disc_opt=disc_opt, ema=ema, scaler=run.scaler):
+        return
+    mean_target = mean_image(cohort)
+    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.step, run.rank, run.world, cfg.workers)
+
+    for step in range(stage.step, cfg.aae_steps + 1):
+        # Evaluate the averaged weights; the row at step 0 is the untrained network.
+        if stage.must_evaluate(step):
+            row = validate(run, ema.net, spec, validation_ids, cfg.eval_batch)
+            if stage.validated(step, row, score=row['psnr']):
+                if cfg.normalise_latents:
+                    latent_statistics(run, ema.net, cohort, cfg.eval_batch)
+                stage.save_best(net=ema.net.state_dict(), args=aae.args, prep=spec.travel(), mean_image=mean_target)
+        stage.save_if_due(step)
+        if step == cfg.aae_steps:  # one extra round, so that the final weights are evaluated and saved
+            break
+
+        # One optimisation step of each network. Everything random is keyed by (seed, rank, step).
+        utils.seed_everything(cfg.seed, run.rank, step)
+        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, cfg.shift)
+        lr, weight = utils.lr_at(step, cfg.aae_steps, cfg.aae_lr, cfg.warmup), adversarial_weight(step, cfg)
+        utils.set_lr(opt, lr)
+        utils.set_lr(disc_opt, lr / 4)
+        terms = dict(l1=[], adversarial=[], discriminator=[])
+        for real in batch['target'].chunk(cfg.accumulate):
+            with run.autocast():
+                fake = aae(real)
+            l1, adversarial, discriminator = losses.l1(fake.float(), real), fake.new_zeros(len(real)), fake.new_zeros(len(real))
+            if cfg.w_adversarial > 0:
+                # The generator's loss goes through the undetached fake and a frozen discriminator ...
+                if weight > 0:
+                    disc.requires_grad_(False)
+                    with run.autocast():
+                        score = disc(fake)
+                    adversarial = losses.hinge_generator(score.float())
+                    disc.requires_grad_(True)
+                # ... the discriminator's through a detached one: neither touches the other's gradients.
+                with run.autocast():
+                    scores = disc(torch.cat([real, fake.detach().to(real.dtype)])).float()
+                discriminator = losses.hinge_discriminator(*scores.chunk(2))
+                run.backward(discriminator.mean() / cfg.accumulate)
+            run.backward((100 * l1 + weight * adversarial).mean() / cfg.accumulate)
+            for name, value in zip(terms, (l1, adversarial, discriminator)):
+                terms[name].append(value.detach())
+        norm = run.update(opt, 100 * cfg.grad_clip)  # the loss is 100 x L1
+        if cfg.w_adversarial > 0:
+            run.update(disc_opt, cfg.grad_clip)
+        run.scaler_step()
+        ema.update(aae, step)
+        terms = {name: torch.cat(values).float() for name, values in terms.items()}
+        stage.record(step, lr, lambda batch=batch: cohort.names(batch), loss=100 * terms['l1'] + weight * terms['adversarial'], **terms, grad_norm=norm)
+    stage.close()
+
+
+if __name__ == '__main__':
+    utils.cli(main)

@@ -1,0 +1,130 @@
+"""
+Stage 2: train the conditional U-Net on the autoencoder's latents.
+
+python train_unet.py                       settings in config.py, results in result/<exp>/
+python train_unet.py --batch_size 16       the same with one setting changed
+python train_unet.py --regression True     instead the baseline: a plain U-Net from source to target, without latents or diffusion
+torchrun --nproc_per_node=4 train_unet.py  several GPUs; run any of these again to resume, --restart begins anew
+"""
+
+import torch
+
+import config
+import dataset
+import losses
+import metrics
+import utils
+from diffusion import Diffusion
+from infer import Model, Sampling, load_aae, translate, validate
+from model import PixelUNet, UNet, count_parameters, fingerprint
+
+DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'frames', 'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'ema', 'seed', 'batch_size', 'lr')
+FIXED = DATA + ('unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout', 'predict', 'schedule', 'timesteps', 'loss_weight',
+                'last_step_share', 'label_drop')
+FIXED_REGRESSION = DATA + ('regression_channels', 'w_image', 'w_lesion')
+
+
+def train_diffusion(cfg, run, spec, train_ids, validation_ids):
+    """The conditional U-Net: denoise normalised latents, given the source and (sometimes) the label."""
+    model, aae = load_aae(cfg, run)
+    stage = utils.Stage(run, cfg, 'unet', FIXED, lists=utils.seed_key(train_ids, validation_ids), aae=fingerprint(model.aae))
+    with stage.main_first():
+        labels = dataset.read_labels(cfg.data_info, train_ids, spec.num_classes) if spec.num_classes else None  # never those of other splits
+        cohort = dataset.Cohort(spec, train_ids, labels)
+    utils.seed_everything(cfg.seed, 'unet weights')
+    unet = run.place(UNet(cfg.spatial_dims, aae['args']['latent_channels'], cohort.source_channels, cfg.unet_channels, cfg.unet_blocks, cfg.unet_attention,
+                cfg.cond_channels, cfg.cond_width, cfg.num_classes, cfg.dropout, cfg.checkpointing))
+    diffusion = Diffusion(cfg.predict, cfg.schedule, cfg.timesteps, cfg.loss_weight, cfg.last_step_share).to(run.device)
+    opt, ema = utils.adam(unet.parameters()), utils.EMA(unet, cfg.ema)
+    stage.describe(f'U-Net {count_parameters(unet):,} parameters, {len(train_ids)} training subjects, {len(cohort)} samples, '
+                   f'effective batch {cfg.batch_size * run.world}')
+    if not stage.resume(cfg.unet_steps, ['loss', 'grad_norm'], metrics.QUICK, len(cohort) / cfg.batch_size / run.world, unet=unet, opt=opt, ema=ema, scaler=run.scaler):
+        return
+    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.step, run.rank, run.world, cfg.workers)
+    current, how = Model(model.aae, ema.net, diffusion), Sampling.of(cfg)
+
+    for step in range(stage.step, cfg.unet_steps + 1):
+        last = step == cfg.unet_steps  # one extra round, so that the final weights are evaluated and saved
+
+        # Evaluate the averaged weights by the very code that inference runs; the row at step 0 is the untrained network.
+        if stage.must_evaluate(step):
+            row = validate(run, lambda subject: translate(run, current, subject.source, subject.id, how), spec, validation_ids)
+            if stage.validated(step, row, score=row['psnr']):
+                stage.save_best(net=ema.net.state_dict(), args=unet.args, diffusion=diffusion.args, aae=fingerprint(model.aae), prep=spec.travel())
+        stage.save_if_due(step)
+        if last:
+            break
+
+        # One optimisation step. Everything random is keyed by (seed, rank, step): a resumed run draws the same noise.
+        utils.seed_everything(cfg.seed, run.rank, step)
+        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, cfg.shift)
+        with torch.no_grad(), run.autocast():
+            z_0 = model.aae.encode(batch['target']).float()
+        t, eps = diffusion.draw(len(z_0), z_0.device), torch.randn_like(z_0)
+        label = diffusion.drop_labels(batch['label'], cfg.num_classes, cfg.label_drop)
+        lr = utils.lr_at(step, cfg.unet_steps, cfg.lr, cfg.warmup)
+        utils.set_lr(opt, lr)
+        parts = []
+        for z, tt, e, source, y in zip(*[x.chunk(cfg.accumulate) for x in (z_0, t, eps, batch['source'], label)]):
+            with run.autocast():
+                parts.append(diffusion.loss(unet, z, tt, e, source=source, label=y)[0])
+            run.backward(parts[-1].mean() / cfg.accumulate)
+        norm = run.update(opt, cfg.grad_clip)
+        run.scaler_step()
+        ema.update(unet, step)
+        stage.record(step, lr, lambda batch=batch: cohort.names(batch), loss=torch.cat(parts), grad_norm=norm)
+    stage.close()
+
+
+def train_regression(cfg, run, spec, train_ids, validation_ids):
+    """The baseline: PixelUNet(source) -> target under the pixel losses of stage 3 (--w_lesion 0 for one without lesion weight)."""
+    stage = utils.Stage(run, cfg, 'regression', FIXED_REGRESSION, lists=utils.seed_key(train_ids, validation_ids))
+    with stage.main_first():
+        labels = dataset.read_labels(cfg.data_info, train_ids, spec.num_classes) if spec.num_classes else None  # never those of other splits
+        cohort = dataset.Cohort(spec, train_ids, labels)
+    utils.seed_everything(cfg.seed, 'regression weights')
+    net = run.place(PixelUNet(cfg.spatial_dims, cohort.source_channels, cohort.target_channels, cfg.regression_channels))
+    opt, ema = utils.adam(net.parameters()), utils.EMA(net, cfg.ema)
+    stage.describe(f'regression U-Net {count_parameters(net):,} parameters')
+    if not stage.resume(cfg.regression_steps, ['loss', 'image', 'lesion', 'grad_norm'], metrics.QUICK, len(cohort) / cfg.batch_size / run.world, net=net, opt=opt, ema=ema, scaler=run.scaler):
+        return
+    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.step, run.rank, run.world, cfg.workers)
+    current, how = Model(None, regression=ema.net), Sampling.of(cfg)
+
+    for step in range(stage.step, cfg.regression_steps + 1):
+        if stage.must_evaluate(step):
+            row = validate(run, lambda subject: translate(run, current, subject.source, subject.id, how), spec, validation_ids)
+            if stage.validated(step, row, score=row['psnr']):
+                stage.save_best(net=ema.net.state_dict(), args=net.args, prep=spec.travel())
+        stage.save_if_due(step)
+        if step == cfg.regression_steps:
+            break
+
+        utils.seed_everything(cfg.seed, run.rank, step)
+        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, cfg.shift)
+        lr = utils.lr_at(step, cfg.regression_steps, cfg.lr, cfg.warmup)
+        utils.set_lr(opt, lr)
+        image, region = [], []
+        for source, target, mask, lesion in zip(*[batch[k].chunk(cfg.accumulate) for k in ('source', 'target', 'mask', 'lesion')]):
+            with run.autocast():
+                pred = net(source).float()
+            image.append(losses.region_l1(pred, target, mask))
+            region.append(losses.region_l1(pred, target, lesion))
+            run.backward((cfg.w_image * image[-1] + cfg.w_lesion * region[-1]).mean() / cfg.accumulate)
+        norm = run.update(opt, cfg.grad_clip)
+        run.scaler_step()
+        ema.update(net, step)
+        image, region = torch.cat(image), torch.cat(region)
+        stage.record(step, lr, lambda batch=batch: cohort.names(batch), loss=cfg.w_image * image + cfg.w_lesion * region, image=image, lesion=region, grad_norm=norm)
+    stage.close()
+
+
+def main():
+    cfg = config.load(__doc__, extra={'restart': (False, 'begin anew, keep the old run aside')})
+    run = utils.Run(cfg.device, cfg.precision)
+    lists = [dataset.read_split(cfg.data_info, split) for split in ('train', 'validation')]
+    (train_regression if cfg.regression else train_diffusion)(cfg, run, dataset.Spec.from_settings(cfg), *lists)
+
+
+if __name__ == '__main__':
+    utils.cli(main)

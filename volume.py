@@ -1,0 +1,225 @@
+"""
+Volumes in and out: reading NIfTI, frames, intensity scaling and its inverse, writing on the subject's own grid. Knows one
+volume at a time; grid.py brings it from one grid onto another, subject.py puts the volumes of a subject together.
+"""
+
+import gzip
+import os
+import zlib
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+
+GEOMETRY_FIELDS = ('qform_code', 'sform_code', 'quatern_b', 'quatern_c', 'quatern_d', 'qoffset_x', 'qoffset_y', 'qoffset_z',
+                   'srow_x', 'srow_y', 'srow_z')
+
+
+class DataError(ValueError):
+    """Something is wrong with the user's data; the message is one sentence with file, values and remedy."""
+    one_sentence = True
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+@dataclass
+class Volume:
+    """One file: array (X, Y, Z) or (X, Y, Z, T) float32, affine, the header's geometry fields, its time step in s."""
+    path: str
+    array: np.ndarray
+    affine: np.ndarray
+    geometry: dict
+    time_step: float = 0.0
+
+    @property
+    def shape(self):
+        return self.array.shape[:3]
+
+
+def _open(path, header_only=False):
+    """nibabel image of a file; looks at the bytes, not at the suffix, so that a wrong .gz does no harm."""
+    if not str(path).endswith(('.nii', '.nii.gz')):
+        return nib.load(path)  # .mgz, .img + .hdr and what else nibabel knows
+    with open(path, 'rb') as file:
+        raw = file.read(1 << 16 if header_only else -1)
+    if raw[:2] == b'\x1f\x8b':
+        raw = zlib.decompressobj(wbits=31).decompress(raw) if header_only else gzip.decompress(raw)
+    if not raw:
+        raise DataError(f'{path} is empty; copy it again.')
+    if raw[344:348] == b'n+1\0':
+        return nib.Nifti1Image.from_bytes(raw)
+    if raw[4:8] == b'n+2\0':
+        return nib.Nifti2Image.from_bytes(raw)
+    hint = 'it is DICOM: convert it with dcm2niix' if raw[128:132] == b'DICM' else 'convert or copy it again'
+    raise DataError(f'{path} is not NIfTI; {hint}.')
+
+
+def read_volume(path):
+    """
+    Read a file once, as float32. Axes of length 1 after the third are dropped.
+
+    Raises DataError if the file is truncated, is no NIfTI, holds no plain numbers, has fewer than 3 or more than 4
+    dimensions, an unusable affine, or NaN or infinity anywhere.
+    """
+    try:
+        img = _open(path)
+        dtype = img.get_data_dtype()
+        if dtype.fields or dtype.kind == 'c':
+            raise DataError(f'{path} holds {"complex numbers" if dtype.kind == "c" else "colours"}, not intensities; '
+                            f'convert it to a scalar image.')
+        array = np.asanyarray(img.dataobj, dtype=np.float32)
+    except (EOFError, OSError, zlib.error) as error:  # a short file, a damaged gzip stream
+        raise DataError(f'{path} is truncated or damaged ({_one_line(error)}); copy it again.') from error
+    except nib.filebasedimages.ImageFileError as error:
+        raise DataError(f'{path} is not NIfTI; convert or copy it again.') from error
+    except (nib.spatialimages.HeaderDataError, ValueError, OverflowError, MemoryError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f'{path} has a damaged header ({_one_line(error)}); copy or convert it again.') from error
+
+    shape = array.shape[:3] + tuple(n for n in array.shape[3:] if n != 1)
+    if len(shape) not in (3, 4) or 0 in shape:
+        raise DataError(f'{path} has {len(shape)} dimensions {array.shape}; expected a filled 3D or 4D volume.')
+    if not (np.isfinite(array.min()) and np.isfinite(array.max())):  # the minimum of an array with NaN is NaN
+        bad = int((~np.isfinite(array)).sum())
+        raise DataError(f'{path} has NaN or infinity in {bad} of {array.size} voxels; replace them, for instance by 0.')
+    affine = np.asarray(img.affine, float)
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise DataError(f'{path} has an unusable affine {affine[:3].tolist()}; restore its header.')
+    return Volume(str(path), array.reshape(shape, order='A'), affine, _geometry(img), _time_step(img.header))
+
+
+def read_grid(path):
+    """Shape (X, Y, Z) and affine of a file, without its voxels."""
+    try:
+        img = _open(path, header_only=True)
+        return tuple(img.shape[:3]), np.asarray(img.affine, float)
+    except DataError:
+        raise
+    except Exception as error:  # whatever a damaged header brings about; reading the voxels says more
+        raise DataError(f'{path} cannot be read ({_one_line(error)}); copy it again.') from error
+
+
+def failure(error):
+    """Why a file could not be written; numpy's own error says only how much was."""
+    return error.strerror or f'{error}: the disk is full'
+
+
+def _one_line(error):
+    return ' '.join(str(error).split())[:120] or type(error).__name__
+
+
+def _geometry(img):
+    """The qform and sform fields of a NIfTI header, as they are; for other formats none."""
+    if not isinstance(img.header, nib.Nifti1Header):
+        return {'qform_code': 0, 'sform_code': 0}
+    fields = {name: np.array(img.header[name]).tolist() for name in GEOMETRY_FIELDS}
+    return dict(fields, pixdim=np.array(img.header['pixdim']).tolist()[:4])
+
+
+def _time_step(header):
+    """Seconds between two frames, 0 if the header does not say."""
+    if not isinstance(header, nib.Nifti1Header) or header['dim'][0] < 4:
+        return 0.0
+    step = float(header['pixdim'][4]) * {'msec': 1e-3, 'usec': 1e-6}.get(header.get_xyzt_units()[1], 1.0)
+    return step if np.isfinite(step) and step > 0 else 0.0
+
+
+def resample_time(array, frames):
+    """(X, Y, Z, T) -> (X, Y, Z, frames): linear interpolation at evenly spaced times from the first frame to the last."""
+    count = array.shape[3]
+    if count == frames:
+        return array
+    out = np.empty((*array.shape[:3], frames), np.float32, order='F')
+    for j, x in enumerate(np.linspace(0, count - 1, frames) if frames > 1 else [(count - 1) / 2]):
+        i = min(int(x), count - 2)
+        out[..., j] = array[..., i] * np.float32(1 - (x - i)) + array[..., i + 1] * np.float32(x - i)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Intensities: no state, each volume by itself
+
+def scaling_range(rule):
+    """(lo, hi) that a scaling rule maps to -1..1: physical units, multiples of the median, or 0..1 for quantiles."""
+    return (0.0, 1.0) if rule[0] == 'quantile' else (float(rule[1]), float(rule[2]))
+
+
+def scaling_limits(rule, values):
+    """The file's values (lo, hi) that become -1 and 1, from the values inside the mask; ValueError if they are no range."""
+    kind, a, b = rule
+    if kind == 'range':
+        lo, hi = a, b
+    elif kind == 'median':
+        median = float(np.median(values))
+        if median <= 0:
+            raise ValueError(f'its median in the mask is {median:.4g}, so it cannot be divided by it')
+        lo, hi = a * median, b * median
+    elif kind == 'quantile':
+        lo, hi = (float(q) for q in np.quantile(values, (a, b)))
+    else:
+        raise ValueError(f"scaling {kind!r} is unknown; use 'range', 'median' or 'quantile'")
+    if not hi > lo:
+        raise ValueError(f'its scaling {tuple(rule)} runs from {lo:.4g} to {hi:.4g}')
+    return lo, hi
+
+
+def scale(array, limits):
+    """A file's values -> [-1, 1], clipped, in place."""
+    lo, hi = limits
+    array -= np.float32((lo + hi) / 2)
+    array *= np.float32(2 / (hi - lo))
+    return np.clip(array, -1, 1, out=array)
+
+
+def unscale(array, rule):
+    """[-1, 1] -> physical units (multiples of the median, 0..1 for quantiles); needs no truth."""
+    lo, hi = scaling_range(rule)
+    return np.clip(array, -1, 1) * np.float32((hi - lo) / 2) + np.float32((hi + lo) / 2)
+
+
+def to_units(array, rule, limits):
+    """A file's values -> the units of `unscale`, not clipped."""
+    if rule[0] == 'range':
+        return array
+    (low, high), (lo, hi) = limits, scaling_range(rule)
+    return (array - np.float32(low)) * np.float32((hi - lo) / (high - low)) + np.float32(lo)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+def write_volume(path, array, subject):
+    """
+    Write (X, Y, Z) or (X, Y, Z, C) on the subject's own grid: float32, slope 1, the source file's qform and sform.
+
+    A source without either (both codes 0) gets both, with code 1. Written beside and moved: no half file is left.
+    """
+    array = np.asarray(array, np.float32)
+    if array.shape[:3] != tuple(subject.shape):
+        raise ValueError(f'{path}: array {array.shape} is not on the grid {tuple(subject.shape)} of {subject.id}')
+    header, fields = nib.Nifti1Header(), dict(subject.geometry)
+    header.set_data_shape(array.shape)
+    header.set_xyzt_units('mm')
+    if fields['qform_code'] == 0 and fields['sform_code'] == 0:
+        header.set_qform(subject.affine, code=1)
+        header.set_sform(subject.affine, code=1)
+    else:
+        header['pixdim'][:4] = fields.pop('pixdim')
+        for name, value in fields.items():
+            header[name] = value
+    img = nib.Nifti1Image(array, header.get_best_affine(), header)
+    img.header.set_data_dtype(np.float32)
+    img.header.set_slope_inter(1, 0)
+    folder, name = os.path.split(os.path.abspath(path))
+    beside = os.path.join(folder, f'.{os.getpid()}.tmp.{name}')  # the suffix decides on compression
+    try:
+        os.makedirs(folder, exist_ok=True)
+        nib.save(img, beside)
+        os.replace(beside, path)
+    except OSError as error:
+        raise DataError(f'{path} cannot be written ({failure(error)}); free space or choose another place.') from error
+    finally:
+        if os.path.exists(beside):
+            os.remove(beside)
