@@ -56,10 +56,9 @@ def template():
     csf = np.clip(hull - gm - wm, 0, 1)
     x, y, z = (o + np.arange(n) for o, n in zip(origin, gm.shape, strict=True))
 
-    # Ventricles: fluid connected to a point in either lateral ventricle, within a box that leaves out fissures and
-    # cisterns.
-    room = (np.abs(x) < 40)[:, None, None] & ((y > -52) & (y < 38))[None, :, None] & ((z > -14) & (z < 32))[None, None,
-                                                                                                            :]
+    # Ventricles: fluid connected to a point in either lateral ventricle, in a box without fissures and cisterns.
+    room = (np.abs(x) < 40)[:, None, None] & ((y > -52) & (y < 38))[None, :, None]
+    room = room & ((z > -14) & (z < 32))[None, None, :]
     lateral = (np.abs(x)[:, None, None] < np.where(y < -20, 38, 24)[None, :, None])
     cistern = (np.abs(x) < 9)[:, None, None] & (y < -22)[None, :, None] & (z < 14)[None, None, :]
     parts, _ = ndimage.label((csf > 0.5) & room & lateral & ~cistern & (hull > 0))
@@ -181,7 +180,7 @@ class Brain:
 
 
 def make_brain(rng, shape, spacing, atrophy=0.0, ventricles=0.0, deform=1.0, tilt=4.0, scale=0.93, centre=CENTRE,
-               fine=2):
+               fine=None):
     """
     Draw one subject's anatomy.
 
@@ -189,10 +188,11 @@ def make_brain(rng, shape, spacing, atrophy=0.0, ventricles=0.0, deform=1.0, til
     deform : factor on the smooth nonlinear deformation;  tilt : standard deviation of the head's angles, degrees
     scale : mean head size over the template's (MNI152 is larger than most heads);  centre : MNI mm in the middle of the
     grid
-    fine : sub-voxels per voxel and axis from which fractions are averaged
+    fine : sub-voxels per voxel and axis from which fractions are averaged (default: 2, or 1 where voxels are small)
     """
     base = template()
     spacing = np.asarray(spacing, float)
+    fine = fine or (2 if spacing.min() >= 2 else 1)
 
     # The grid in the scanner, and the head in the grid: template mm = head @ (scanner mm - place) + centre.
     turn = rotation(rng.normal(0, 2.5, 3))
@@ -211,8 +211,7 @@ def make_brain(rng, shape, spacing, atrophy=0.0, ventricles=0.0, deform=1.0, til
     for a in range(3):
         mni[a] += deform * (2.2 * smooth_field(rng, shape, spacing, 45) + 1.0 * smooth_field(rng, shape, spacing, 18))
 
-    # Larger ventricles: points around them take their tissue from further inside. Twice, so that the flow follows
-    # itself.
+    # Larger ventricles: points around them take their tissue from further inside; twice, as a flow that follows itself.
     flat = mni.reshape(3, -1)
     near = ndimage.binary_dilation(sample(base.brain, base.origin, flat).reshape(shape) > 0.02, iterations=1)
     within = flat[:, near.ravel()]

@@ -17,13 +17,25 @@ PLAUSIBLE = {'adc': (300, 2000, '1e-6 mm^2/s'), 'ctp': (0, 100, 'HU'), 'suvr': (
 # ----------------------------------------------------------------------------------------------------------------------
 # One volume
 
+def dimensions(volume, frames):
+    """DataError unless a source has 4 dimensions where frames are set and 3 where not; frames None: not a source."""
+    path, shape = volume.path, volume.array.shape
+    if frames and len(shape) == 3:
+        raise DataError(f'{path} has no frames: 3 dimensions {shape} where a 4D series is expected; give the 4D file, '
+                        f'or set frames = None for a 3D source.')
+    if len(shape) != (4 if frames else 3):
+        more = '' if frames is None else ', or set frames for a 4D source'
+        raise DataError(f'{path} has {len(shape)} dimensions {shape}, expected 3; give the 3D file{more}.')
+
+
 def binary(path, array):
     """Mask or lesion as bool; DataError if it holds anything but 0 and 1."""
     inside = array > 0.5
     worst = np.abs(array - inside).max()
     if worst > 1e-3:
         odd = float(array.flat[np.abs(array - inside).argmax()])
-        raise DataError(f'{path} must hold only 0 and 1 but has the value {odd:.4g}; binarise it, for instance as (value > 0).')
+        raise DataError(f'{path} must hold only 0 and 1 but has the value {odd:.4g}; binarise it, for instance as '
+                        f'(value > 0).')
     return inside
 
 
@@ -31,7 +43,8 @@ def lesion_inside(path, lesion, mask, share, mask_path):
     """DataError if more than a share of the lesion lies outside the mask."""
     outside, count = int((lesion & ~mask).sum()), int(lesion.sum())
     if outside > share * count:
-        raise DataError(f'{path} has {outside} of {count} lesion voxels outside the mask ({mask_path}); correct the lesion or the mask.')
+        raise DataError(f'{path} has {outside} of {count} lesion voxels outside the mask ({mask_path}); correct the '
+                        f'lesion or the mask.')
 
 
 def covers(volume, inside, own, mask, mask_path):
@@ -46,7 +59,7 @@ def varies(path, values):
     """DataError if all values in the mask are the same."""
     lo, hi = float(values.min()), float(values.max())
     if not hi > lo:
-        raise DataError(f'{path} is constant inside the mask (all {lo:.4g}); replace the file or leave the subject out.')
+        raise DataError(f'{path} is constant inside the mask (all {lo:.4g}); replace it or leave the subject out.')
 
 
 def units(path, kind, name, values, factor):
@@ -56,7 +69,7 @@ def units(path, kind, name, values, factor):
     lo, hi, unit = PLAUSIBLE[kind]
     median = float(np.median(values))
     if not lo <= median <= hi:
-        raise DataError(f'{path} has an in-mask median of {median:.4g} {unit}, expected {lo:g}..{hi:g}; '
+        raise DataError(f'{path} has an in-mask median of {median:.4g}, expected {lo:g}..{hi:g} in {unit}; '
                         f'{_likely_unit(kind, name, median, factor)}.')
 
 
@@ -78,7 +91,8 @@ def _likely_unit(kind, name, median, factor):
         return f"convert the file to {unit}, or set unit_scale['{name}']"
     likely = {('adc', 6): 'mm^2/s', ('suvr', -2): 'percent'}.get(
         (kind, power), f'1e{power - 6} mm^2/s' if kind == 'adc' else f'1e{power} {unit}')
-    return f"the likely unit is {likely}: set unit_scale['{name}'] = {factor * 10.0 ** power:g}"
+    wanted = f'{factor * 10.0 ** power:g}'.replace('e+0', 'e')
+    return f"the likely unit is {likely}: set unit_scale['{name}'] = {wanted}"
 
 
 def facts(volume, frame_interval):
@@ -86,21 +100,26 @@ def facts(volume, frame_interval):
     frames = volume.array.shape[3] if volume.array.ndim == 4 else None
     orientation = ''.join(nib.aff2axcodes(volume.affine))
     spacing = tuple(round(float(x), 2) for x in np.linalg.norm(volume.affine[:3, :3], axis=0))
-    return dict(shape=volume.shape, spacing=spacing, orientation=orientation, frames=frames, step=frame_interval or volume.time_step)
+    step = frame_interval or volume.time_step
+    return dict(shape=volume.shape, spacing=spacing, orientation=orientation, frames=frames, step=step)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole data set
 
+GEOMETRY = {'shape': 'shape', 'spacing': 'spacing mm', 'orientation': 'orientation'}
+
+
 def report(lists, faults, inspect, threads):
     """
-    Inspect every subject of every list once, print the faults ('ID: sentence') and an indented summary; number of faults.
+    Inspect every subject of every list once, print faults ('ID: sentence') and an indented summary; number of faults.
 
-    lists: split -> IDs; faults: what is wrong with the lists, (ID, sentence); inspect: ID -> dict(faults, volumes, ...).
+    lists: split -> IDs; faults: of the lists, as (ID, sentence); inspect: function ID -> dict(faults, volumes, ...).
     """
     ids = list(dict.fromkeys(id for names in lists.values() for id in names))
     with ThreadPoolExecutor(threads) as pool:
-        found = dict(zip(ids, tqdm(pool.map(inspect, ids), total=len(ids), desc='checking', unit=' subjects', file=sys.stderr), strict=True))
+        progress = tqdm(pool.map(inspect, ids), total=len(ids), desc='checking', unit=' subjects', file=sys.stderr)
+        found = dict(zip(ids, progress, strict=True))
     faults = faults + [(id, sentence) for id in ids for sentence in found[id]['faults']]
     for id, sentence in faults:
         print(f'{id}: {" ".join(sentence.split())}')
@@ -119,10 +138,10 @@ def summary(lists, found):
     for name in names:
         volumes = [one['volumes'][name] for one in found.values() if name in one['volumes']]
         yield f'{name}:'
-        counts = {what: Counter(volume[what] for volume in volumes).most_common() for what in ('shape', 'spacing', 'orientation')}
+        counts = {what: Counter(volume[what] for volume in volumes).most_common() for what in GEOMETRY}
         for what, values in counts.items() if counts != told else ():
             shown = ', '.join(f'{_plain(value)} ({count})' for value, count in values[:4])
-            yield f'  {what + (" mm" if what == "spacing" else "")}: {shown}' + (f' and {len(values) - 4} more' if values[4:] else '')
+            yield f'  {GEOMETRY[what]}: {shown}' + (f' and {len(values) - 4} more' if values[4:] else '')
         if counts == told:
             yield f'  {len(volumes)} files on the grids of {names[0]}'
         told = told or counts
@@ -135,7 +154,7 @@ def summary(lists, found):
             if min(steps) <= 0:
                 yield '  Note: some headers have no time step between frames; frame_interval in config.py states it.'
             elif max(steps) > 1.25 * min(steps):
-                yield '  Note: frames are spread evenly over each scan, so that scans of other length show the bolus at another pace.'
+                yield '  Note: frames are spread evenly over each scan; where it is longer, the bolus seems shorter.'
         percentiles = [volume['percentiles'] for volume in volumes if 'percentiles' in volume]
         if percentiles:
             low, middle, high = np.median(percentiles, axis=0)

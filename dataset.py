@@ -1,16 +1,18 @@
 """
-The data set: the cached training samples of a list of subjects, their loader and augmentation. The door to the rooms behind it:
-subject.py (one subject in and out), volume.py (one volume), splits.py (which file is whose, who is in which list), check.py.
+The data set: cached training samples of a list of subjects, their loader and augmentation. Behind it: subject.py (one
+subject in and out), volume.py, grid.py (one volume), splits.py (which file is whose, who is in which split), check.py.
 
-python dataset.py                            check every file of every split; one line per fault, exit 1 if there is one
-python dataset.py --make_splits 0.7,0.1,0.2  write train.txt, validation.txt, test.txt for the subjects the templates find
+python dataset.py                            check every file of every split; a line per fault, exit 1 if there is one
+python dataset.py --make_splits 0.7,0.1,0.2  write train.txt, validation.txt, test.txt for the subjects that are found
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import quote
 
@@ -23,8 +25,8 @@ from splits import find_ids, label_of, make_splits, read_labels, read_lists, rea
 from subject import Spec, Subject, load_subject, scaling_range
 from volume import DataError, failure, write_volume
 
-__all__ = ['Spec', 'Subject', 'Cohort', 'DataError', 'load_subject', 'loader', 'augment', 'read_split', 'read_labels', 'read_lists',
-           'make_splits', 'scaling_range', 'write_volume']
+__all__ = ['Spec', 'Subject', 'Cohort', 'DataError', 'load_subject', 'loader', 'augment', 'read_split', 'read_labels',
+           'read_lists', 'make_splits', 'scaling_range', 'write_volume']
 
 CACHE_VERSION = 1  # raise it when the preprocessing changes: older caches are then built anew
 
@@ -34,17 +36,19 @@ CACHE_VERSION = 1  # raise it when the preprocessing changes: older caches are t
 
 class Cohort(torch.utils.data.Dataset):
     """
-    The training samples of a list of subjects: slices with brain (2D) or subjects (3D), preprocessed once, cached on disk.
+    The training samples of a list of subjects: slices with brain (2D) or subjects (3D), preprocessed once and cached.
 
-    One .npy file a subject in spec.cache_dir, (n, C + K + 2, *S) float32: source, target, mask, lesion. Its name carries a hash
-    of the files' sizes and times and of the settings, so a change builds it anew. A sample is read from its place in the file
-    rather than through np.memmap, because mapped pages count as this process's memory and would grow with the cohort.
+    One .npy file a subject in spec.cache_dir, (n, C + K + 2, *S) float32: source, target, mask, lesion. Its name holds
+    a hash of the files' sizes and times and of the settings, so that a change builds it anew. A sample is read from its
+    place in the file, straight into the batch, rather than through np.memmap: mapped pages count as this process's
+    memory, which would then grow with the cohort.
     """
 
     def __init__(self, spec, ids, labels=None):
         root, cache = (os.path.realpath(os.path.expanduser(path)) for path in (spec.root, spec.cache_dir))
         if os.path.commonpath([root, cache]) == root:
-            raise DataError(f'cache_dir {spec.cache_dir} lies inside data_root {spec.root}; set cache_dir to a folder outside it.')
+            raise DataError(f'cache_dir {spec.cache_dir} lies inside data_root {spec.root}; set cache_dir to a folder '
+                            f'outside it.')
         if not ids:
             raise DataError('no subject to train on: the list is empty; write one ID a line.')
         self.spec, self.ids = spec, list(ids)
@@ -70,11 +74,15 @@ class Cohort(torch.utils.data.Dataset):
         """IDs of the subjects in a batch, for messages."""
         return [self.id_of(i) for i in batch['index'].tolist()]
 
+    def subject_items(self, number):
+        """All samples of one subject as a batch."""
+        return self.__getitems__(range(int(self.ends[number - 1]) if number else 0, int(self.ends[number])))
+
     def __getitem__(self, i):
         return {name: value[0] for name, value in self.__getitems__([i]).items()}
 
     def __getitems__(self, indices):
-        """The batch of some samples, read straight into its tensors: source (B, C, *S), target, mask, lesion, label, index."""
+        """The batch of some samples: source (B, C, *S), target (B, K, *S), mask, lesion (B, 1, *S), label, index."""
         indices = [int(i) % len(self) for i in indices]
         channels = {'source': self.source_channels, 'target': self.target_channels, 'mask': 1, 'lesion': 1}
         batch = {name: torch.empty((len(indices), count, *self.size)) for name, count in channels.items()}
@@ -137,7 +145,7 @@ def _build(spec, id, cache):
     brain = subject.mask.any(axis=tuple(range(1, subject.mask.ndim)))
     parts = (subject.source, subject.target, subject.mask, lesion)
     samples = np.concatenate(parts, axis=1)[brain]
-    beside = f'{path}.{os.getpid()}.tmp'
+    beside = f'{path}.{uuid.uuid4().hex}.tmp'
     try:
         with open(beside, 'wb') as file:
             np.save(file, samples)
@@ -145,7 +153,8 @@ def _build(spec, id, cache):
     except OSError as error:
         if os.path.exists(beside):
             os.remove(beside)
-        raise DataError(f'{id}: {path} cannot be written ({failure(error)}); free space or set another cache_dir.') from error
+        why = f'{path} cannot be written ({failure(error)}); free space or set another cache_dir.'
+        raise DataError(f'{id}: {why}') from error
     return _open_cache(path)
 
 
@@ -153,12 +162,13 @@ def _build_all(spec, ids, cache):
     """Cache files of all subjects, several at a time: unpacking and arithmetic leave the interpreter's lock."""
     for name in os.listdir(cache):  # what a killed run left half-written
         path = os.path.join(cache, name)
-        if name.endswith('.tmp') and time.time() - os.path.getmtime(path) > 3600:
-            os.remove(path)
+        with contextlib.suppress(OSError):  # another process may have cleared it
+            if name.endswith('.tmp') and time.time() - os.path.getmtime(path) > 3600:
+                os.remove(path)
     rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    order = np.roll(np.arange(len(ids)), -len(ids) * rank // world)  # each process of torchrun starts elsewhere in the list
+    order = np.roll(np.arange(len(ids)), -len(ids) * rank // world)  # each process of torchrun starts elsewhere
     files = [None] * len(ids)
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(thread_count()) as pool:
         try:
             jobs = pool.map(lambda i: (i, _build(spec, ids[i], cache)), order)
             for i, found in tqdm(jobs, total=len(ids), desc='reading subjects', unit='', leave=False, delay=0.5):
@@ -169,9 +179,9 @@ def _build_all(spec, ids, cache):
     return files
 
 
-def cpu_count():
-    """Processors this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+def thread_count():
+    """Subjects read at a time: one a processor, but not so many that big files fill the memory."""
+    return min(8, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
 
 
 class _Batches:
@@ -209,7 +219,7 @@ BACKGROUND = {'source': -1, 'target': -1, 'mask': 0, 'lesion': 0}
 
 
 def augment(batch, generator, flip=True, shift=2):
-    """Left-right flip (first spatial axis) and whole-voxel shifts up to `shift`, drawn per sample, alike for all its arrays."""
+    """Left-right flip (first spatial axis), whole-voxel shifts up to `shift`: per sample, alike for all its arrays."""
     images = {name: batch[name] for name in BACKGROUND if name in batch}
     first = next(iter(images.values()))
     count, size = len(first), first.shape[2:]
@@ -268,13 +278,14 @@ def main(cfg):
         table = read_table(spec.data_info)
     except DataError:
         table = {}  # read_lists has said so
-    return 1 if check.report(lists, faults, lambda id: inspect(spec, table, id), cpu_count()) else 0
+    return 1 if check.report(lists, faults, lambda id: inspect(spec, table, id), thread_count()) else 0
 
 
 if __name__ == '__main__':
     import config
     try:
-        code = main(config.load(__doc__, extra={'make_splits': ('', 'shares of train, validation and test, e.g. 0.7,0.1,0.2')}))
+        shares = 'shares of train, validation and test, e.g. 0.7,0.1,0.2: write the lists'
+        code = main(config.load(__doc__, extra={'make_splits': ('', shares)}))
     except Exception as error:
         if not getattr(error, 'one_sentence', False):
             raise

@@ -28,6 +28,7 @@ def psnr(pred, truth, mask, high):
 
 
 def dice(a, b):
+    """Overlap of two masks; not a number where both are empty."""
     total = a.sum() + b.sum()
     return float(2 * (a & b).sum() / total) if total else np.nan
 
@@ -96,7 +97,7 @@ def amyloid_figures(folder, table):
 
 
 def mri_volumes(mri, mask):
-    """Shares of the brain that are dark (fluid) in its middle and grey, by two thresholds on the MRI divided by its bright quantile."""
+    """Shares of the brain: fluid in its middle, and grey; by two thresholds on the MRI over its bright quantile."""
     scaled = mri / np.quantile(mri[mask], 0.9)
     centre = np.array([np.mean(i) for i in np.nonzero(mask)])
     extent = np.array([np.ptp(i) + 1 for i in np.nonzero(mask)])
@@ -128,52 +129,58 @@ def describe(folder, volumes=None):
     folder = Path(folder)
     given = json.loads((folder / 'phantom.json').read_text())
     table = pd.read_csv(folder / 'phantom.csv')
-    out = {}
     if given['task'] == 'ctp2dwi':
-        rows, dices = stroke_figures(folder, table)
-        for name, window in (('white-matter SNR at b = 1000', (20, 40)), ('CTP noise, HU a voxel', (3, 4)),
-                             ('CTP in-mask median, HU', (0, 100)),
-                             ('ADC in-mask median', (300, 2000)), ('noise ceiling DWI, dB', None),
-                             ('noise ceiling ADC, dB', None),
-                             ('lesion DWI / median', None), ('lesion ADC', None)):
-            out[name] = rows[name].mean(), window
-        if dices is not None:
-            for kind in ('Tmax', 'rCBF'):
-                best = dices[kind].idxmax()
-                sign = '>' if kind == 'Tmax' else '<'
-                out[f'Dice of the best {kind} threshold ({kind} {sign} {best:g}), lesions above 2 ml'] = dices[kind].max(), (0.4, 0.7)
-        out['Dice of the lesion rule on the real images'] = rows.rule_dice.mean(), (0.75, 1)
-        large = rows.rule_dice[rows.lesion_ml > 2]
-        out['Dice of the lesion rule, lesions above 2 ml'] = large.mean(), None
-        out['false ml of the rule without a lesion'] = rows.false_ml.mean(), (0, 0.3)
-        sizes = rows.lesion_ml[rows.lesion_ml > 0]
-        out['share of subjects without a lesion'] = float((rows.lesion_ml == 0).mean()), None
-        for q in (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1):
-            out[f'lesion volume ml, quantile {q:g}'] = float(sizes.quantile(q)), (10, 30) if q == 0.5 else None
+        out = describe_stroke(*stroke_figures(folder, table))
     else:
-        rows = amyloid_figures(folder, table)
-        for name, window in (('PET noise, share of the mean', (0.05, 0.10)), ('SUVR in-mask median', (0.3, 3)),
-                             ('noise ceiling SUVR, dB', None)):
-            out[name] = rows[name].mean(), window
-        out['share positive'] = float(table.label.mean()), (0.35, 0.6)
-        out['composite SUVR, negative'] = float(table.suvr[table.label == 0].mean()), (0.9, 1.08)
-        out['composite SUVR, positive'] = float(table.suvr[table.label == 1].mean()), (1.2, 1.7)
-        out['share whose noisy composite above 1.11 agrees with the label'] = float(((table.suvr > 1.11) == table.label).mean()), (0.97, 1)
-        auc_of = {f'status from thresholds on the {len(rows)} MRIs, AUC': (rows[['mri_ventricle', 'mri_grey']].values,
-                                                                           table.label, None)}
-        if volumes is not None:
-            shares = np.stack([volumes.ventricle_ml / volumes.brain_ml, volumes.gm_ml / volumes.brain_ml], 1)
-            auc_of[f'status from ventricle and grey-matter volumes of {len(volumes)} brains, AUC'] = (shares,
-                                                                                                      volumes.label, (0.65, 0.80))
-            positive = volumes[volumes.label == 1]
-            out['among positives, correlation of SUVR with ventricles'] = float(positive.suvr_drawn.corr(positive.ventricle_ml / positive.brain_ml)), None
-        for name, (x, y, window) in auc_of.items():
-            if min(np.bincount(y, minlength=2)) >= 5:
-                out[name] = status_auc(x, y), window
+        out = describe_amyloid(amyloid_figures(folder, table), table.label, volumes)
+    if given['kind'] != 'default':
+        out = {name: (value, None) for name, (value, _) in out.items()}  # the windows are those of the default kind
     width = max(len(n) for n in out)
     print(f'{folder}: {given["task"]}, {len(table)} subjects, seed {given["seed"]}, kind {given["kind"]}')
     for name, (value, window) in out.items():
-        note = '' if window is None else f'   [{window[0]:g}, {window[1]:g}]' + (''
-                                                                                 if window[0] <= value <= window[1] else '  OUTSIDE')
-        print(f'  {name:<{width}}  {value:8.3f}{note}')
+        note = f'   [{window[0]:g}, {window[1]:g}]' if window else ''
+        outside = '  OUTSIDE' if window and not window[0] <= value <= window[1] else ''
+        print(f'  {name:<{width}}  {value:8.3f}{note}{outside}')
+    return out
+
+
+def describe_stroke(rows, dices):
+    """{figure: (value, window)} of the stroke task."""
+    windows = {'white-matter SNR at b = 1000': (20, 40), 'CTP noise, HU a voxel': (3, 4),
+               'CTP in-mask median, HU': (0, 100),
+               'ADC in-mask median': (300, 2000), 'noise ceiling DWI, dB': None, 'noise ceiling ADC, dB': None,
+               'lesion DWI / median': None, 'lesion ADC': None}
+    out = {name: (rows[name].mean(), window) for name, window in windows.items()}
+    for kind, sign in (('Tmax', '>'), ('rCBF', '<')) if dices else ():
+        name = f'Dice of the best threshold, {kind} {sign} {dices[kind].idxmax():.3g}, lesions above 2 ml'
+        out[name] = dices[kind].max(), (0.4, 0.7)
+    out['Dice of the lesion rule on the real images'] = rows.rule_dice.mean(), (0.75, 1)
+    out['Dice of the lesion rule, lesions above 2 ml'] = rows.rule_dice[rows.lesion_ml > 2].mean(), None
+    out['false ml of the rule without a lesion'] = rows.false_ml.mean(), (0, 0.3)
+    out['share of subjects without a lesion'] = (rows.lesion_ml == 0).mean(), (0.05, 0.3)
+    for q in (0, 0.1, 0.25, 0.5, 0.75, 0.9, 1):
+        value = rows.lesion_ml[rows.lesion_ml > 0].quantile(q)
+        out[f'lesion volume ml, quantile {q:g}'] = value, (5, 40) if q == 0.5 else None
+    return out
+
+
+def describe_amyloid(rows, label, volumes):
+    """{figure: (value, window)} of the amyloid task."""
+    windows = {'PET noise, share of the mean': (0.05, 0.10), 'SUVR in-mask median': (0.3, 3),
+               'noise ceiling SUVR, dB': None}
+    out = {name: (rows[name].mean(), window) for name, window in windows.items()}
+    out['share positive'] = label.mean(), (0.35, 0.6)
+    out['composite SUVR, negative'] = rows.suvr[label == 0].mean(), (0.9, 1.08)
+    out['composite SUVR, positive'] = rows.suvr[label == 1].mean(), (1.2, 1.7)
+    out['share whose composite above 1.11 agrees with the label'] = ((rows.suvr > 1.11) == label).mean(), (0.97, 1)
+    if min(np.bincount(label, minlength=2)) >= 5:
+        out[f'status from thresholds on these {len(rows)} MRIs, AUC'] = status_auc(rows[['mri_ventricle', 'mri_grey']],
+                                                                                   label), None
+    if volumes is not None:
+        ventricle, grey = volumes.ventricle_ml / volumes.brain_ml, volumes.gm_ml / volumes.brain_ml
+        name = f'status from ventricle and grey-matter volumes of {len(volumes)} brains, AUC'
+        out[name] = status_auc(np.stack([ventricle, grey], 1), volumes.label), (0.65, 0.80)
+        positive = volumes[volumes.label == 1]
+        correlation = positive.suvr_drawn.corr(ventricle[positive.index])
+        out['correlation of SUVR and ventricles, positives'] = correlation, None
     return out

@@ -1,9 +1,9 @@
 """
 Grids: the way from a subject's own grid to the networks' working grid and back.
 
-A grid is a shape (X, Y, Z) and a 4 x 4 affine (voxel -> mm). The working grid is the subject's grid turned to the nearest RAS,
-at the requested spacing, cropped or padded around the mask's centre. One function, `onto`, serves the way there and the way
-back: it reads off the two affines whether voxels can be copied, must be interpolated axis by axis, or obliquely.
+A grid is a shape (X, Y, Z) and a 4 x 4 affine (voxel -> mm). The working grid is the subject's grid turned to the
+nearest RAS, at the requested spacing, cropped or padded around the mask's centre. One function, `onto`, serves the way
+there and the way back: the two affines say whether voxels are copied, or interpolated along the axes, or obliquely.
 """
 
 import nibabel as nib
@@ -14,18 +14,19 @@ TOLERANCE = 1e-3  # affine entries (mm), relative spacings and voxel offsets clo
 
 
 def difference(shape, affine, other_shape, other_affine):
-    """None if two grids are the same, else what differs, in words, for each: the shapes, or the affine entries furthest apart."""
+    """None if two grids are the same, else what differs, in words for each: shapes or the affines' worst entry."""
     if tuple(shape) != tuple(other_shape):
         return f'shape {tuple(shape)}', f'shape {tuple(other_shape)}'
     difference = np.abs(affine - other_affine)
     if difference.max() <= TOLERANCE:
         return None
     row, column = np.unravel_index(difference.argmax(), (4, 4))
-    return tuple(f'{a[row, column]:.6g} in row {row + 1}, column {column + 1} of the affine' for a in (affine, other_affine))
+    where = f'in row {row + 1}, column {column + 1} of the affine'
+    return f'{affine[row, column]:.6g} {where}', f'{other_affine[row, column]:.6g} {where}'
 
 
 def turn_and_space(shape, affine, spacing):
-    """The grid turned to the nearest RAS (an exact rearrangement), then at `spacing` mm, None for an axis keeping it."""
+    """The grid turned to the nearest RAS (an exact rearrangement), then at `spacing` mm; None keeps an axis."""
     turn = nib.orientations.io_orientation(affine)
     affine = affine @ nib.orientations.inv_ornt_aff(turn, shape)
     shape = [shape[i] for i in np.argsort(turn[:, 0])]
@@ -69,7 +70,7 @@ def _axis_weights(scale, offset, size, to_size):
 
 def onto(array, affine, to_affine, to_shape, out=None):
     """
-    array (C, X, Y, Z) float32 on the grid `affine` -> (C, *to_shape) on the grid `to_affine`; 0 outside its field of view.
+    array (C, X, Y, Z) float32 on the grid `affine` -> (C, *to_shape) on the grid `to_affine`; 0 outside its view.
 
     Where one grid is a rearrangement of the other (turn, flip, crop, pad), voxels are copied exactly. Else linear
     interpolation, averaging over the larger voxel where the new grid is coarser.
@@ -133,7 +134,7 @@ def onto_inside(array, mask, affine, to_affine, to_shape, out=None):
     """
     `onto`, with only the voxels inside `mask` (X, Y, Z) counting: at the mask's edge nothing from outside is mixed in.
 
-    Returns the array (C, *to_shape) and the mask's share (1, *to_shape) of each voxel, 0..1; where that is 0 the array is 0.
+    Returns the array (C, *to_shape), and the mask's share of each voxel (1, *to_shape), 0..1; both are 0 outside.
     """
     array = onto(np.where(mask, array, np.float32(0)), affine, to_affine, to_shape, out)
     share = onto(mask[None].astype(np.float32), affine, to_affine, to_shape)

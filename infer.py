@@ -12,174 +12,30 @@ Networks, task, schedule and scaling come from the checkpoints in result/<exp>, 
 import json
 import shutil
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 from tqdm import tqdm
 
-import amyloid
 import config
 import dataset
 import metrics
+import quality
+import status
 import utils
-from diffusion import Diffusion, sample
-from model import AAE, PixelUNet, UNet, fingerprint
+from model import fingerprint
+from translate import Model, Sampling, checkpoint_path, load_aae, load_model, mean_prediction, translate
 
-@dataclass
-class Model:
-    """The networks of one experiment and what is needed to apply them. `detail` is None before stage 3 or without detail branch."""
-    aae: AAE
-    unet: UNet = None
-    diffusion: Diffusion = None
-    detail: PixelUNet = None
-    regression: PixelUNet = None
-    prep: dict = None        # dataset.Spec.travel(): task, geometry, scaling
-    mean_image: dict = None  # the training set's mean target
-    origin: str = ''         # which checkpoint, for people
-
-    def decode(self, z_0, source):
-        """Latents (B, c, *s) and source (B, C, *S) -> images (B, K, *S): D(z_0), plus R(source, D(z_0)) with a detail branch."""
-        pred = self.aae.decode(z_0)
-        return pred if self.detail is None else pred + self.detail(torch.cat([source, pred.to(source.dtype)], dim=1))
-
-    def eval(self):
-        for net in (self.aae, self.unet, self.detail, self.regression):
-            if net is not None:
-                net.eval()
-        return self
-
-
-@dataclass
-class Sampling:
-    """How to sample: the settings of infer.py of the same names."""
-    sampler: str = 'one_step'
-    num_steps: int = 50
-    samples: int = 1
-    guidance: float = 1.0
-    seed: int = 0
-    eval_batch: int = 32
-
-    @classmethod
-    def of(cls, cfg):
-        return cls(cfg.sampler, cfg.num_steps, cfg.samples, cfg.guidance, cfg.seed, cfg.eval_batch)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Checkpoint -> model
-
-def checkpoint_path(cfg, stage):
-    """The checkpoint of an earlier stage: in result/<exp>, or in result/<init_from> where this experiment has none."""
-    own = Path('result') / cfg.exp / f'{utils.BEST[stage]}.pth.tar'
-    return Path('result') / cfg.init_from / own.name if cfg.init_from and not own.exists() else own
-
-
-def load_aae(cfg, run):
-    """The autoencoder of stage 1 -> (Model with only the aae, its checkpoint)."""
-    data = utils.load_checkpoint(checkpoint_path(cfg, 'aae'), 'aae')
-    aae = AAE(**data['args'])
-    utils.load_weights(aae, data['net'], checkpoint_path(cfg, 'aae'))
-    model = Model(run.place(aae).eval().requires_grad_(False), prep=data['prep'], mean_image=data['mean_image'])
-    model.origin = f"{utils.BEST['aae']} at step {data['step']}"
-    return model, data
-
-
-def load_model(cfg, run, stage='auto'):
-    """The model of a stage: 'post', 'unet', 'regression', 'aae', or 'auto' (post if there, else unet). EMA weights.
-
-    RunError if a checkpoint is missing or belongs to another autoencoder.
-    """
-    if stage == 'auto':
-        stage = 'post' if checkpoint_path(cfg, 'post').exists() else 'unet'
-    model, aae = load_aae(cfg, run)
-    if stage == 'aae':
-        return model
-    path = checkpoint_path(cfg, stage)
-    data = utils.load_checkpoint(path, stage)
-    if data.get('aae') not in (None, fingerprint(model.aae)):
-        raise utils.RunError(f"{path} was trained on another autoencoder (fingerprint {data['aae']}) than {checkpoint_path(cfg, 'aae')} holds "
-                             f'({fingerprint(model.aae)}); run train_unet.py --restart, then post_train.py --restart')
-    model.origin, model.prep = f"{utils.BEST[stage]} (EMA weights) at step {data['step']}", data['prep']
-    if stage == 'regression':
-        model.regression = run.place(PixelUNet(**data['args']))
-        utils.load_weights(model.regression, data['net'], path)
-        return model.eval()
-    model.unet, model.diffusion = run.place(UNet(**data['args'])), Diffusion(**data['diffusion']).to(run.device)
-    utils.load_weights(model.unet, data['net'], path)
-    if data.get('decoder'):
-        utils.load_weights(model.aae.decoder, data['decoder'], path)
-    if data.get('detail'):
-        model.detail = run.place(PixelUNet(**data['detail_args']))
-        utils.load_weights(model.detail, data['detail'], path)
-    return model.eval()
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Source -> prediction
-
-def starting_noise(key, shape, k, device):
-    """A function drawing noise (1, c, *s) for the k-th sample of a subject, keyed by seed and subject, not by batch or process."""
-    generator = torch.Generator().manual_seed(utils.seed_key('noise', *key, k))
-    return lambda: torch.randn((1, *shape), generator=generator).to(device)
-
-
-@torch.no_grad()
-def translate(run, model, source, key, how, label=None):
-    """Translate the items of one subject: source (N, C, *S) -> pred (N, K, *S), std (N, K, *S) or None, float32 arrays in [-1, 1] scaling.
-
-    All slices start from the same noise, keyed by `key` = subject ID. how.samples latents are averaged before decoding; std is over the
-    decoded samples. label: class number, or None for unknown. ValueError if one_step is asked of an eps network.
-    """
-    preds, stds = [], []
-    for chunk in torch.from_numpy(np.ascontiguousarray(source)).split(how.eval_batch):
-        chunk = chunk.to(run.device)
-        with run.autocast():
-            if model.regression is not None:
-                preds.append(model.regression(chunk).float().cpu())
-                continue
-            latents = [_sample_latents(model, chunk, key, k, how, label) for k in range(how.samples)]
-            preds.append(model.decode(torch.stack(latents).mean(0), chunk).float().cpu())
-            if how.samples > 1:
-                stds.append(torch.stack([model.decode(z, chunk).float() for z in latents]).std(0).cpu())
-    return torch.cat(preds).numpy(), torch.cat(stds).numpy() if stds else None
-
-
-def _sample_latents(model, source, key, k, how, label):
-    """One latent for each item of a batch of slices (or volumes) of the same subject."""
-    n, unet = len(source), model.unet
-    shape = (model.aae.args['latent_channels'], *[s // model.aae.factor for s in source.shape[2:]])
-    draw = starting_noise((how.seed, key), shape, k, source.device)
-    cond = unet.encode_source(source)
-    labels = None if label is None else torch.full((n,), label, device=source.device)
-
-    def net(z_t, t):
-        out = unet(z_t, t, cond=cond, label=labels).float()
-        if how.guidance != 1 and labels is not None:
-            unknown = unet(z_t, t, cond=cond).float()
-            out = unknown + how.guidance * (out - unknown)
-        return out
-
-    def noise(z):
-        return draw().expand_as(z)
-
-    z_T = draw().expand(n, *shape)
-    return sample(model.diffusion, net, z_T, how.sampler, how.num_steps, noise)
-
-
-def mean_prediction(mean_image, subject):
-    """The training set's mean image laid onto a subject, slices matched by their distance from the brain's middle one."""
-    rows = np.flatnonzero(subject.mask.reshape(len(subject.mask), -1).any(1))
-    image, offset = mean_image['image'].numpy(), mean_image['centre'] - int(rows[0] + rows[-1]) // 2
-    return image[np.clip(np.arange(len(subject.mask)) + offset, 0, len(image) - 1)]
+__all__ = ['Model', 'Sampling', 'load_aae', 'load_model', 'translate', 'evaluate', 'validate', 'fit_quality']  # what the training scripts take from here
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
-def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label=''):
+def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', intervals=None):
     """Rows of metrics, one a subject in the order of ids, computed on the subject's own grid; the subjects are shared by the processes.
 
     predict(subject) -> (pred, std) in network scaling. quick: the few figures of a validation curve; else all of section "metrics".
@@ -194,15 +50,18 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label=''):
             subject = dataset.load_subject(spec, id, with_truth=spec.has_truth(id))
             start = time.perf_counter()
             pred, std = predict(subject)
-            seconds = time.perf_counter() - start
-            row = dict(ID=id)
+            seconds, row = time.perf_counter() - start, dict(ID=id)
             if subject.target is not None:
-                pred_native, truth = subject.to_native(pred), subject.truth()
-                lesion = subject.native_lesion
+                image, truth, mask, lesion = subject.to_native(pred), subject.truth(), subject.native_mask, subject.native_lesion
                 if quick:
-                    row |= metrics.quick_row(pred_native, truth, subject.native_mask, lesion, ranges, spec.task, axis=subject.axial_axis)
+                    row |= metrics.quick_row(image, truth, mask, lesion, ranges, spec.task, axis=subject.axial_axis)
                 else:
-                    row |= metrics.subject_row(pred_native, truth, subject.native_mask, lesion, subject.spacing, ranges, spec.task, axis=subject.axial_axis)
+                    row |= metrics.subject_row(image, truth, mask, lesion, subject.spacing, ranges, spec.task, axis=subject.axial_axis)
+                if intervals:
+                    spread = std_maps(subject, std, spec)
+                    for name, fit in intervals.items():
+                        row |= {f'{name}_{k}': v for k, v in
+                                quality.interval_coverage(image[name], spread[name], truth[name], mask, fit, limits=ranges[name]).items()}
             if on_subject:
                 on_subject(subject, pred, std)
             rows.append((i, row | dict(seconds=seconds)))
@@ -226,16 +85,22 @@ def validate(run, predict, spec, ids):
 # ------------------------------------------------------------------------------------------------------------------
 # Writing
 
+def std_maps(subject, std, spec):
+    """The std over samples, (N, K, *S) in network scaling or None, as maps in physical units on the subject's grid; zeros for None."""
+    maps = {}
+    for k, name in enumerate(spec.target_names):
+        lo, hi = dataset.scaling_range(spec, name)
+        maps[name] = np.zeros(subject.shape, np.float32) if std is None else subject.to_native_raw(std[:, k:k + 1]) * (hi - lo) / 2 * subject.native_mask
+    return maps
+
+
 def write_prediction(folder, subject, pred, std, spec, record):
     """<target>.nii.gz, <target>_std.nii.gz and prediction.json of one subject."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in subject.to_native(pred).items():
         dataset.write_volume(folder / f'{name}.nii.gz', image, subject)
-    if std is not None:
-        for k, name in enumerate(spec.targets):
-            lo, hi = dataset.scaling_range(spec, name)
-            image = subject.to_native_raw(std[:, k:k + 1]) * (hi - lo) / 2 * subject.native_mask
-            dataset.write_volume(folder / f'{name}_std.nii.gz', image, subject)
+    for name, image in (std_maps(subject, std, spec) if std is not None else {}).items():
+        dataset.write_volume(folder / f'{name}_std.nii.gz', image, subject)
     utils.write_atomic(folder / 'prediction.json', lambda f: json.dump(record | dict(id=subject.id), f, indent=1), 'w')
 
 
@@ -266,11 +131,12 @@ def keep_aside(folder, record):
 def infer_split(cfg, run, model, spec, folder):
     """Translate a split, write images and tables. Returns the collected errors."""
     ids = dataset.read_split(cfg.data_info, cfg.split)
+    # The true label of a subject reaches the network only if it is asked for, and then the summary says so.
     labels = dataset.read_labels(cfg.data_info, ids, cfg.num_classes) if cfg.label == 'true' else {}
     how, record = Sampling.of(cfg), prediction_record(cfg, model, spec) | dict(split=cfg.split)
 
     def predict(subject, model=model):
-        label = None if cfg.label == 'unknown' else labels[subject.id] if cfg.label == 'true' else int(cfg.label)
+        label = None if cfg.label == 'unknown' else labels.get(subject.id) if cfg.label == 'true' else int(cfg.label)
         return translate(run, model, subject.source, subject.id, how, label)
 
     if run.main:
@@ -279,44 +145,113 @@ def infer_split(cfg, run, model, spec, folder):
             print(note)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record, f, indent=1), 'w')
     run.barrier()
-    rows, errors = evaluate(run, predict, spec, ids, quick=False, label='translate', on_subject=lambda subject, pred, std:
-                            write_prediction(folder / 'pred' / subject.id, subject, pred, std, spec, record))
-    prefix = '' if cfg.split == 'test' else f'{cfg.split}_'
+    fits = fit_intervals(cfg, run, spec, predict) if cfg.label != 'true' else {}
+    features = {}
+
+    def keep(subject, pred, std):
+        write_prediction(folder / 'pred' / subject.id, subject, pred, std, spec, record | dict(intervals=fits))
+        features[subject.id] = source_features(subject.source, subject.mask)
+
+    rows, errors = evaluate(run, predict, spec, ids, quick=False, label='translate', on_subject=keep, intervals=fits)
+    features = dict(run.gather(features.items()))
     table = pd.DataFrame(rows)
     if table.empty or table.shape[1] <= 2:
         return errors  # no truth: images only
-    table = table.assign(qc='', num_steps=record['num_steps'], samples=cfg.samples)
-    good = list(table['ID'])
+    flagged = [quality.qc_flag(features[id], model.qc) for id in table['ID']] if model.qc else []
+    reasons = [f'unlike training: {quality.qc_reason(features[id], model.qc)}' if bad else 'ok' for id, bad in zip(table['ID'], flagged, strict=False)]
+    table = table.assign(qc=reasons or '', num_steps=record['num_steps'], samples=cfg.samples)
 
     # Baselines on the same subjects. The training mean and the autoencoder's ceiling are always there.
     baselines = {
         'mean': lambda s: (mean_prediction(model.mean_image, s), None),
         'aae': lambda s, ceiling=load_model(cfg, run, 'aae'): (utils.in_batches(run, ceiling.aae, cfg.eval_batch, s.target), None)}
-    if 'post' in model.origin:
+    if model.stage == 'post':
         baselines['unet'] = lambda s, unet=load_model(cfg, run, 'unet'): predict(s, unet)
-    if checkpoint_path(cfg, 'regression').exists():
+    if model.stage != 'regression' and checkpoint_path(cfg, 'regression').exists():
         baselines['regression'] = lambda s, net=load_model(cfg, run, 'regression'): predict(s, net)
-    tables = {}
-    for name, baseline in baselines.items():
-        tables[name] = pd.DataFrame(evaluate(run, baseline, spec, good, quick=False, label=f'baseline {name}')[0])
-
-    if spec.task == 'mri2pet':
-        finish_amyloid(cfg, run, spec, predict, table, tables, folder)
+    tables = {name: pd.DataFrame(evaluate(run, baseline, spec, list(table['ID']), quick=False, label=f'baseline {name}')[0])
+              for name, baseline in baselines.items()}
+    groups = amyloid_status(cfg, run, spec, predict, table) if 'suvr_pred' in table else None
     if run.main:
-        columns = [c for c in table if c not in ('qc', 'num_steps', 'samples', 'seconds')] + ['qc', 'num_steps', 'samples', 'seconds']
-        save_table(table[columns], folder / f'{prefix or "test_"}.csv'.replace('_.', '.'))
+        prefix = '' if cfg.split == 'test' else f'{cfg.split}_'
+        last = ['qc', 'num_steps', 'samples', 'seconds']
+        save_table(table[[c for c in table if c not in last] + last], folder / (f'{cfg.split}.csv'))
         for name, t in tables.items():
-            save_table(t, folder / f'{prefix or "test_"}{name}.csv')
+            save_table(t, folder / f'{cfg.split}_{name}.csv')
         summary = metrics.summarise(table, tables, cfg.seed)
-        save_table(summary, folder / f'{prefix or "test_"}summary.csv')
+        save_table(summary, folder / f'{cfg.split}_summary.csv')
         print(f'{len(table)} subjects of the {cfg.split} split, {record["checkpoint"]}, {cfg.sampler}'
-              + (f'; the true label was given (--label {cfg.label})' if cfg.label != 'unknown' else ''))
+              + (f'; the label was given (--label {cfg.label})' if cfg.label != 'unknown' else ''))
         print(metrics.format_table(summary))
+        if groups is not None:
+            save_table(groups, folder / f'{cfg.split}_status.csv')
+            print(groups.to_string(index=False, float_format=lambda v: f'{v:.3f}'))
+        if any(flagged):
+            print(f'{sum(flagged)} subjects have a source unlike the training set (column qc)')
     return errors
 
 
-def finish_amyloid(cfg, run, spec, predict, table, tables, folder):
-    """Amyloid status: the threshold on the synthetic SUVR is fitted on training + validation, then applied to the test subjects."""
+def fit_intervals(cfg, run, spec, predict, voxels=20000):
+    """Intervals pred +- k_q sqrt(std^2 + s_0^2) (q = 50, 90 %) of each target, fitted on the validation split: {target: fit}."""
+    ids = [id for id in dataset.read_split(cfg.data_info, 'validation') if spec.has_truth(id)]
+    parts = []
+
+    def keep(subject, pred, std):
+        inside = np.flatnonzero(subject.native_mask)
+        inside = inside[np.linspace(0, len(inside) - 1, min(voxels, len(inside))).astype(int)]
+        image, spread, truth = subject.to_native(pred), std_maps(subject, std, spec), subject.truth()
+        parts.append({name: [x[name].ravel()[inside] for x in (image, spread, truth)] for name in spec.targets})
+
+    errors = evaluate(run, predict, spec, ids, label='fit intervals', on_subject=keep)[1]
+    if errors:
+        raise utils.RunError(errors[0])
+    parts = run.gather(parts)
+    fits = {}
+    for name in spec.targets if parts else ():
+        pred, std, truth = zip(*[p[name] for p in parts], strict=True)
+        fits[name] = quality.interval_fit(pred, std, truth, [np.ones_like(p) for p in pred], limits=dataset.scaling_range(spec, name))
+    return fits
+
+
+def amyloid_status(cfg, run, spec, predict, table):
+    """AUC and balanced accuracy of the synthetic SUVR, of a logistic regression on MRI volumes, and of the true PET, with class sizes.
+
+    Status is the true PET's SUVR above 1.11; thresholds are fitted on training + validation. Fills table['status_pred'].
+    """
+    fit_ids = [id for split in ('train', 'validation') for id in dataset.read_split(cfg.data_info, split)]
+    volumes = []
+
+    def measure(subject, pred, std):
+        lo = subject.to_native_raw(subject.source) + 1
+        volumes.append((subject.id, status.volume_features(lo, subject.native_mask, subject.voxel_ml).tolist()))
+
+    def rows_of(ids, predict, label):
+        return pd.DataFrame(evaluate(run, predict, spec, ids, quick=False, label=label, on_subject=measure)[0])
+
+    fit = rows_of(fit_ids, predict if cfg.label != 'true' else None, 'fit threshold')
+    evaluate(run, None, spec, list(table['ID']), label='MRI volumes', on_subject=measure)
+    volumes = dict(run.gather(volumes))
+    positive = [(t['suvr_true'] > status.TRUE_THRESHOLD).astype(int) for t in (fit, table)]
+    lines = dict(synthetic=status.classify(fit['suvr_pred'], positive[0], table['suvr_pred'], positive[1], cfg.seed))
+    table['status_pred'] = (table['suvr_pred'] > lines['synthetic']['threshold']).astype(int)
+    lines['mri_volumes'] = status.mri_baseline([volumes[id] for id in fit['ID']], positive[0], [volumes[id] for id in table['ID']], positive[1], cfg.seed)[0]
+    return pd.DataFrame([dict(score=name) | line for name, line in lines.items()])
+
+
+def source_features(source, mask):
+    """quality.source_features of the items with brain, which are those that a training cohort holds."""
+    brain = mask.reshape(len(mask), -1).any(1)
+    return quality.source_features(source[brain], mask[brain])
+
+
+def fit_quality(spec, cohort, validation_ids, at_most=100):
+    """What a good source looks like, from (at most 100 of) the training subjects and the validation subjects: quality.qc_fit, or None."""
+    train = []
+    for j in np.linspace(0, len(cohort.ids) - 1, min(at_most, len(cohort.ids))).astype(int):
+        batch = cohort.subject_items(j)
+        train.append(source_features(batch['source'].numpy(), batch['mask'].numpy()))
+    good = [dataset.load_subject(spec, id, with_truth=False) for id in validation_ids[:at_most]]
+    return quality.qc_fit(train, [source_features(s.source, s.mask) for s in good]) if len(train) > 1 else None
 
 
 def save_table(table, path):

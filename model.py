@@ -125,7 +125,10 @@ def upsample(x, size):
 # Stage 1: the adversarial autoencoder.
 
 class Encoder(nn.Module):
-    """Image (B, K, *S) -> latent (B, c, *S/4). The first convolution strides: full resolution is where time goes."""
+    """Image (B, K, *S) -> latent (B, c, *S/4). The first convolution strides: full resolution is where time goes.
+
+    A linear shortcut from each block of 4 x 4 (x 4) voxels to its latent lets the layers start from a projection of the image.
+    """
 
     def __init__(self, dims, image_channels, latent_channels, widths, blocks=1):
         super().__init__()
@@ -133,14 +136,16 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(
             conv(dims, image_channels, w_1, kernel=5, stride=2), *[ResBlock(dims, w_1, w_1) for _ in range(blocks)],
             conv(dims, w_1, w_2, stride=2), *[ResBlock(dims, w_2, w_2) for _ in range(blocks)],
-            group_norm(w_2), nn.SiLU(), conv(dims, w_2, latent_channels))
+            group_norm(w_2), nn.SiLU(), zero_init(conv(dims, w_2, latent_channels)))
+        self.shortcut = (nn.Conv2d if dims == 2 else nn.Conv3d)(image_channels, latent_channels, 4, stride=4)
+        nn.init.orthogonal_(self.shortcut.weight)
 
     def forward(self, image):
-        return self.layers(image)
+        return self.layers(image) + self.shortcut(image)
 
 
 class Decoder(nn.Module):
-    """Latent (B, c, *s) -> image (B, K, *4s): upsample, then convolve, twice."""
+    """Latent (B, c, *s) -> image (B, K, *4s): upsample, then convolve, twice; with the encoder's shortcut the other way round."""
 
     def __init__(self, dims, image_channels, latent_channels, widths, blocks=1):
         super().__init__()
@@ -149,10 +154,12 @@ class Decoder(nn.Module):
             conv(dims, latent_channels, w_2), *[ResBlock(dims, w_2, w_2) for _ in range(blocks + 1)],
             nn.Upsample(scale_factor=2), conv(dims, w_2, w_1), *[ResBlock(dims, w_1, w_1) for _ in range(blocks)],
             nn.Upsample(scale_factor=2), conv(dims, w_1, w_0), *[ResBlock(dims, w_0, w_0) for _ in range(blocks)],
-            group_norm(w_0), nn.SiLU(), conv(dims, w_0, image_channels))
+            group_norm(w_0), nn.SiLU(), zero_init(conv(dims, w_0, image_channels)))
+        self.shortcut = (nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d)(latent_channels, image_channels, 4, stride=4)
+        nn.init.orthogonal_(self.shortcut.weight)
 
     def forward(self, z):
-        return self.layers(z)
+        return self.layers(z) + self.shortcut(z)
 
 
 class AAE(nn.Module):
@@ -171,6 +178,8 @@ class AAE(nn.Module):
                          widths=list(widths), blocks=blocks)
         self.encoder = Encoder(spatial_dims, image_channels, latent_channels, widths, blocks)
         self.decoder = Decoder(spatial_dims, image_channels, latent_channels, widths, blocks)
+        with torch.no_grad():  # the two shortcuts start as a projection and its transpose
+            self.decoder.shortcut.weight.copy_(self.encoder.shortcut.weight)
         shape = (1, latent_channels) + (1,) * spatial_dims
         self.register_buffer('latent_mean', torch.zeros(shape))
         self.register_buffer('latent_std', torch.ones(shape))

@@ -1,8 +1,7 @@
 """
 Make a data set of digital brain phantoms, written as NIfTI in the layout that config.py expects.
 
-python phantom.py --task ctp2dwi --out data/phantom_ctp2dwi --subjects 96 --seed 1     CT perfusion, DWI and ADC, stroke
-lesions
+python phantom.py --task ctp2dwi --out data/phantom_ctp2dwi --subjects 96 --seed 1     CT perfusion, DWI, ADC, lesions
 python phantom.py --task mri2pet --out data/phantom_mri2pet --subjects 96 --seed 1     T1 MRI and amyloid PET
 python phantom.py --describe data/phantom_ctp2dwi                                      measures how hard a data set is
 
@@ -55,9 +54,8 @@ def stroke_subject(seed, index, spacing, kind='default'):
     rng = stream(seed, index, 0, kind)
     facts = stroke.draw_facts(rng, shifted)
     age = (facts['age'] - 70) / 10
-    slices = FIELD_OF_VIEW['ctp2dwi'][2] / spacing[2] + rng.integers(-1, 2)
-    shape = [int(round(f / s)) for f, s in zip(FIELD_OF_VIEW['ctp2dwi'][:2], spacing[:2],
-                                               strict=True)] + [int(round(slices))]
+    shape = [int(round(f / s)) for f, s in zip(FIELD_OF_VIEW['ctp2dwi'], spacing, strict=True)]
+    shape[2] += int(rng.integers(-1, 2))
     brain = anatomy.make_brain(stream(seed, index, 1, kind), shape, spacing, atrophy=0.6 * age + rng.normal(0, 0.6),
                                ventricles=0.6 * age + rng.normal(0.3, 0.8), deform=1.5 if shifted else 1.0, scale=0.95,
                                centre=(0, -18, 16))
@@ -71,21 +69,19 @@ def stroke_subject(seed, index, spacing, kind='default'):
     facts.update(lesion=bool(lesion.any()), lesion_ml=float(lesion.sum()) * brain.voxel_ml,
                  hypoperfused_ml=float((severity > 0.4)[brain.mask].sum()) * brain.voxel_ml)
     images = {'ctp': ctp, 'dwi': dwi, 'adc': adc, 'mask': brain.mask, 'lesion': lesion, 'clean_dwi': clean_dwi,
-              'clean_adc': clean_adc,
-              'clean_cbf': cbf, 'clean_tmax': tmax}
+              'clean_adc': clean_adc, 'clean_cbf': cbf, 'clean_tmax': tmax}
     return images, facts, brain
 
 
-def amyloid_brain(seed, index, spacing, kind='default', fine=2):
+def amyloid_brain(seed, index, spacing, kind='default', fine=None):
     """Facts and anatomy of person `index`: all that tissue volumes need."""
     rng = stream(seed, index, 0, kind)
     facts = amyloid.draw_facts(rng, kind == 'shifted')
-    shape = [int(round(f / s)) + int(rng.integers(0, 4)) for f,
-             s in zip(FIELD_OF_VIEW['mri2pet'], spacing, strict=True)]
+    size = zip(FIELD_OF_VIEW['mri2pet'], spacing, strict=True)
+    shape = [int(round(f / s)) + int(rng.integers(0, 4)) for f, s in size]
+    look = dict(deform=1.5, scale=0.90) if kind == 'shifted' else dict(deform=1.0, scale=0.93)
     brain = anatomy.make_brain(stream(seed, index, 1, kind), shape, spacing, atrophy=facts['atrophy'],
-                               ventricles=facts['ventricles'],
-                               deform=1.5 if kind == 'shifted' else 1.0, tilt=2.0,
-                               scale=0.90 if kind == 'shifted' else 0.93, fine=fine)
+                               ventricles=facts['ventricles'], tilt=2.0, fine=fine, **look)
     return facts, brain
 
 
@@ -93,8 +89,7 @@ def tissue_volumes(index, seed, spacing, kind):
     """Label and tissue volumes of person `index`, without any image."""
     facts, brain = amyloid_brain(seed, index, spacing, kind, fine=1)
     return {'label': facts['label'], 'suvr_drawn': facts['suvr_drawn'], 'ventricle_ml': brain.ventricle_ml,
-            'gm_ml': brain.gm_ml,
-            'brain_ml': float(brain.mask.sum()) * brain.voxel_ml}
+            'gm_ml': brain.gm_ml, 'brain_ml': float(brain.mask.sum()) * brain.voxel_ml}
 
 
 def amyloid_subject(seed, index, spacing, kind='default'):
@@ -122,7 +117,7 @@ def paths_of(task, out, id):
 
 
 def write_image(path, array, affine, slope=1.0, interval=0.0):
-    """Write one NIfTI file beside its name and move it there; `slope` makes int16 of floats, `interval` is a frame's length in s."""
+    """Write one NIfTI file beside its name and move it; `slope` makes int16 of floats, `interval` is a frame's in s."""
     if slope != 1:
         array = np.round(array / slope).astype(np.int16)
     elif array.dtype == bool:
@@ -158,8 +153,8 @@ def write_subject(index, task, out, seed, spacing, kind):
         write_image(paths[name], image, brain.affine @ turn, 0.05 if name == 'ctp' else 1.0,
                     facts.get('frame_interval', 0.0))
     facts = {'ID': id, 'label': int(facts.get('label', facts.get('lesion', 0))), **facts,
-             'ventricle_ml': brain.ventricle_ml,
-             'gm_ml': brain.gm_ml, 'brain_ml': float(brain.mask.sum()) * brain.voxel_ml}
+             'ventricle_ml': brain.ventricle_ml, 'gm_ml': brain.gm_ml,
+             'brain_ml': float(brain.mask.sum()) * brain.voxel_ml}
     facts = {k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items()}
     write_text(record, json.dumps(facts))
     return facts
@@ -186,31 +181,24 @@ def make_data_set(task, out, subjects, seed, spacing=None, kind='default', split
     if subjects < 3:
         raise PhantomError(f'--subjects {subjects}: three lists need 3 subjects or more')
     if len(split) != 3 or min(split) <= 0 or abs(sum(split) - 1) > 1e-6:
-        raise PhantomError(f'--split {",".join(map(str, split))}: give three positive fractions that add up to 1, such as 0.72,0.12,0.16')
+        raise PhantomError(f'--split {",".join(map(str, split))}: give three positive fractions that add up to 1, '
+                           'such as 0.72,0.12,0.16')
     if len(spacing) != 3 or min(spacing) < 0.8 or max(spacing) > 8:
         raise PhantomError(f'--spacing {",".join(map(str, spacing))}: give three numbers between 0.8 and 8 mm')
     if seed < 0:
         raise PhantomError(f'--seed {seed}: a seed is 0 or more')
     given = dict(task=task, subjects=subjects, seed=seed, spacing=list(spacing), kind=kind, split=list(split))
-    mark = out / 'phantom.json'
-    if out.exists() and not out.is_dir():
-        raise PhantomError(f'{out} is a file; give --out a folder')
-    if mark.exists():
-        found = json.loads(mark.read_text())
-        if found != given:
-            other = ', '.join(f'{k} {found.get(k)} instead of {v}' for k, v in given.items() if found.get(k) != v)
-            raise PhantomError(f'{out} holds a phantom data set made with other arguments ({other}); choose another --out or remove it')
-    elif out.exists() and any(out.iterdir()):
-        raise PhantomError(f'{out} is not empty and holds no phantom data set; choose another --out')
+    held = [max(1, round(f * subjects)) for f in split[1:]]
+    if sum(held) >= subjects:
+        raise PhantomError(f'--split {",".join(map(str, split))} leaves none of {subjects} subjects for training')
     try:
-        write_text(mark, json.dumps(given))
+        claim(out, given)
         work = partial(write_subject, task=task, out=out, seed=seed, spacing=spacing, kind=kind)
         facts = list(tqdm(run(work, range(subjects), workers), total=subjects, desc=f'phantoms {task}', unit='subject',
                           disable=None))
         table = pd.DataFrame(facts)
         write_text(out / 'phantom.csv', table.to_csv(index=False))
         ids = list(table.ID)
-        held = [max(1, round(f * subjects)) for f in split[1:]]
         cuts = {'train': ids[:subjects - sum(held)], 'validation': ids[subjects - sum(held):subjects - held[1]],
                 'test': ids[subjects - held[1]:]}
         for name, part in cuts.items():
@@ -222,10 +210,38 @@ def make_data_set(task, out, subjects, seed, spacing=None, kind='default', split
     return table
 
 
+def claim(out, given):
+    """Mark the folder as the data set of these arguments, unless it holds something else."""
+    mark = out / 'phantom.json'
+    if out.exists() and not out.is_dir():
+        raise PhantomError(f'{out} is a file; give --out a folder')
+    if mark.exists():
+        found = read_mark(out)
+        if found != given:
+            other = ', '.join(f'{k} {found.get(k)} instead of {v}' for k, v in given.items() if found.get(k) != v)
+            raise PhantomError(f'{out} holds a phantom data set made with other arguments ({other}); '
+                               'choose another --out or remove it')
+    elif out.exists() and any(p.name != 'phantom.json.tmp' for p in out.iterdir()):
+        raise PhantomError(f'{out} is not empty and holds no phantom data set; choose another --out')
+    else:
+        write_text(mark, json.dumps(given))
+
+
+def read_mark(folder):
+    """The arguments a data set was made with."""
+    mark = folder / 'phantom.json'
+    if not mark.exists():
+        raise PhantomError(f'{folder} holds no phantom data set: phantom.json is missing')
+    try:
+        return dict(json.loads(mark.read_text()))
+    except (ValueError, TypeError) as error:
+        raise PhantomError(f'{mark} is damaged; remove {folder} and make the data set anew') from error
+
+
 def run(work, items, workers=None):
     """Results of work(item) in order, from `workers` processes (default: all cores)."""
-    workers = min(workers or len(os.sched_getaffinity(0)) if hasattr(os,
-                                                                     'sched_getaffinity') else workers or os.cpu_count(), len(items))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    workers = min(workers or cores, len(items))
     if workers <= 1:
         yield from map(work, items)
         return
@@ -235,8 +251,13 @@ def run(work, items, workers=None):
         yield from pool.imap(work, items)
 
 
+def numbers(text):
+    """'3,3,5' -> (3.0, 3.0, 5.0)"""
+    return tuple(float(v) for v in text.split(','))
+
+
 def main(argv=None):
-    numbers = lambda text: tuple(float(v) for v in text.split(','))  # noqa: E731
+    """The command; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--task', choices=list(SPACING), help='which pair of images')
     parser.add_argument('--out', type=Path, help='folder of the data set')
@@ -261,10 +282,9 @@ def main(argv=None):
             raise PhantomError('give --task and --out to write a data set, or --describe DIR to measure one')
         if args.describe is not None:
             folder = args.out if args.describe is True else Path(args.describe)
-            if not (folder / 'phantom.json').exists():
-                raise PhantomError(f'{folder} holds no phantom data set: phantom.json is missing')
-            volumes = None
-            given = json.loads((folder / 'phantom.json').read_text())
+            volumes, given = None, read_mark(folder)
+            if not (folder / 'phantom.csv').exists():
+                raise PhantomError(f'{folder} is not complete; run the command that made it again')
             if given['task'] == 'mri2pet':
                 work = partial(tissue_volumes, seed=given['seed'], spacing=given['spacing'], kind=given['kind'])
                 volumes = pd.DataFrame(tqdm(run(work, range(500), args.workers), total=500, desc='tissue volumes',

@@ -90,7 +90,7 @@ def main():
             base = stage.base or row
             score = -row['lesion_mae'] if row['lesion_mae'] == row['lesion_mae'] else row['psnr']  # nan without lesions
             if stage.validated(step, row, score if row['psnr'] >= base['psnr'] - 0.2 else -float('inf')):
-                stage.save_best(net=ema.net['unet'].state_dict(), args=model.unet.args, diffusion=diffusion.args, aae=encoder_of, prep=spec.travel(),
+                stage.save_best(net=ema.net['unet'].state_dict(), args=model.unet.args, diffusion=diffusion.args, aae=encoder_of, prep=spec.travel(), qc=model.qc,
                                 decoder=ema.net['decoder'].state_dict() if cfg.tune_decoder else None,
                                 detail=ema.net['detail'].state_dict() if cfg.detail_branch else None, detail_args=model.detail.args if cfg.detail_branch else None)
         stage.save_if_due(step)

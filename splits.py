@@ -11,6 +11,10 @@ from volume import DataError
 SPLITS = ('train', 'validation', 'test')
 
 
+class MissingFile(DataError):
+    """No file is where a template says; the one fault that some callers expect."""
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Path templates: {root} and {id} are filled in, * stands for any part of a file or folder name
 
@@ -32,22 +36,22 @@ def _fill(template, root, id):
     words = {'root': _root(root), 'id': str(id)}
     try:
         return '*'.join(glob.escape(part.format(**words)) for part in template.split('*'))
-    except (KeyError, IndexError, ValueError) as error:
+    except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         raise DataError(f"template '{template}' may hold only {{root}}, {{id}} and * in config.py.") from error
 
 
 def find_file(template, root, id):
-    """The one file that a template names; .nii also finds .nii.gz and the other way round. DataError for none or several."""
+    """The one file that a template names; .nii also finds .nii.gz and vice versa. DataError for none or several."""
     pattern = _fill(template, root, id)
     for candidate in (pattern, _other_suffix(pattern)):
         found = sorted(glob.glob(candidate)) if candidate else []
         if len(found) > 1:
-            raise DataError(f"{len(found)} files match '{_plain(candidate)}' ({', '.join(found)}); keep one or make the template "
-                            f'in config.py more precise.')
+            raise DataError(f"{len(found)} files match '{_plain(candidate)}' ({', '.join(found)}); keep one or "
+                            f'make the template in config.py more precise.')
         if found:
             return found[0]
-    raise DataError(f'{_plain(pattern)} is missing (nor is there {_plain(_other_suffix(pattern) or pattern)}); add it, correct the '
-                    f'template or data_root in config.py, or take the subject off its list.')
+    raise MissingFile(f'{_plain(pattern)} is missing{" (as .nii and .nii.gz)" if _other_suffix(pattern) else ""}; add it, '
+                      f'correct the template or data_root in config.py, or take the subject off its list.')
 
 
 def _plain(pattern):
@@ -57,8 +61,7 @@ def _plain(pattern):
 
 def find_ids(template, root):
     """All IDs for which a template finds a file."""
-    pattern = '*'.join(glob.escape(part.format(root=_root(root), id='\0')).replace('\0', '*')
-                       for part in template.split('*'))
+    pattern = _fill(template, root, '\0').replace('\0', '*')
     parts = re.split(r'(\{id\}|\{root\}|\*)', re.sub(r'\.nii(\.gz)?$', '', template))
     seen, expression = False, ''
     for part in parts:
@@ -93,9 +96,10 @@ def read_table(data_info):
         text = file.read()
     delimiter = max(',;\t', key=text.split('\n', 1)[0].count)  # spreadsheets of some countries write ;
     rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
-    rows = [{(k or '').strip(): (v or '').strip() for k, v in row.items() if not isinstance(v, list)} for row in rows]
+    rows = [{k.strip(): (v or '').strip() for k, v in row.items() if k is not None} for row in rows]
     if rows and 'ID' not in rows[0]:
-        raise DataError(f'{path} has no column ID, only {", ".join(rows[0])}; its first line must be ID,label or ID,label,patient.')
+        raise DataError(f'{path} has no column ID, only {", ".join(rows[0])}; its first line must be ID,label or '
+                        f'ID,label,patient.')
     table = {}
     for row in rows:
         if row['ID'] and table.setdefault(row['ID'], row) != row:
@@ -105,8 +109,8 @@ def read_table(data_info):
 
 def read_lists(data_info):
     """
-    (lists, faults): lists is dict split -> IDs; faults are (ID or file name, sentence) for an ID or a patient in two lists,
-    an ID twice in one, an empty or missing list.
+    (lists, faults): lists is dict split -> IDs; faults are (ID or file name, sentence) for an ID or a patient in two
+    lists, an ID twice in one, an empty or missing list.
     """
     lists, faults, where, visits = {}, [], {}, {}
     try:
@@ -119,24 +123,27 @@ def read_lists(data_info):
         lists[split] = list(dict.fromkeys(ids or []))
         if not ids:
             what = 'is missing' if ids is None else 'names no subject'
-            faults.append((f'{split}.txt', f'{path} {what}; write one ID a line, or run python dataset.py --make_splits 0.7,0.1,0.2.'))
+            faults.append((f'{split}.txt', f'{path} {what}; write one ID a line, or run python dataset.py '
+                                           f'--make_splits 0.7,0.1,0.2.'))
         for id in sorted({id for id in lists[split] if ids.count(id) > 1}):
             faults.append((id, f'{path} names it {ids.count(id)} times; keep one line.'))
         for id in lists[split]:
             if id in where:
-                faults.append((id, f'{path} and {os.path.join(data_info, where[id])}.txt both name it; remove it from one.'))
+                twice = os.path.join(data_info, f'{where[id]}.txt')
+                faults.append((id, f'{path} and {twice} both name it; remove it from one.'))
                 continue
             where[id] = split
             patient = table.get(id, {}).get('patient') or id
             other = visits.setdefault(patient, (id, split))
             if other[1] != split:
-                faults.append((id, f'{path} names it, and {os.path.join(data_info, other[1])}.txt names {other[0]}, of the same patient '
-                                   f'{patient}; put all visits of a patient in one list.'))
+                there = os.path.join(data_info, f'{other[1]}.txt')
+                faults.append((id, f'{path} names it, and {there} names {other[0]}, of the same patient {patient}; put '
+                                   f'all visits of a patient in one list.'))
     return lists, faults
 
 
 def read_split(data_info, split):
-    """IDs of 'train', 'validation' or 'test'. DataError if that list is empty, or an ID or a patient is in two lists."""
+    """IDs of 'train', 'validation' or 'test'. DataError if that list is empty or an ID or a patient is in two lists."""
     lists, faults = read_lists(data_info)
     for name, sentence in faults:
         if name not in {f'{other}.txt' for other in SPLITS if other != split}:  # another list may be absent
@@ -155,7 +162,8 @@ def label_of(row, num_classes, data_info):
     except ValueError:
         value = -1
     if value not in range(num_classes):
-        raise DataError(f"{path} has the label '{text}', but num_classes = {num_classes} allows 0..{num_classes - 1}; correct one.")
+        raise DataError(f"{path} has the label '{text}', but num_classes = {num_classes} allows 0..{num_classes - 1}; "
+                        f'correct one.')
     return int(value)
 
 
@@ -175,34 +183,37 @@ def read_labels(data_info, ids, num_classes):
 
 def make_splits(ids, data_info, shares, seed=0):
     """
-    Write train.txt, validation.txt and test.txt: shares as '0.7,0.1,0.2', at random but the same for the same IDs and seed,
-    all visits of a patient (data_info.csv) in one list, every list filled. Existing lists are an error. Returns dict split -> IDs.
+    Write train.txt, validation.txt and test.txt: shares as '0.7,0.1,0.2', at random but the same for the same IDs and
+    seed, all visits of a patient (data_info.csv) in one list, every list filled. Returns dict split -> IDs.
+
+    Existing lists are an error, so that no split is lost.
     """
     try:
         parts = [float(word) for word in str(shares).replace('(', '').replace(')', '').split(',')]
     except ValueError:
         parts = []
     if len(parts) != 3 or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
-        raise DataError(f'--make_splits {shares} must be three positive shares that sum to 1, for instance 0.7,0.1,0.2.')
-    existing = [os.path.join(data_info, f'{split}.txt') for split in SPLITS if _read_ids(os.path.join(data_info, f'{split}.txt'))]
+        raise DataError(f'--make_splits {shares} must be three positive shares that sum to 1, as in 0.7,0.1,0.2.')
+    paths = {split: os.path.join(data_info, f'{split}.txt') for split in SPLITS}
+    existing = [path for path in paths.values() if _read_ids(path)]
     if existing:
         raise DataError(f'{", ".join(existing)} exists already; move it away first, so that no split is lost.')
     table, visits = read_table(data_info), {}
     for id in sorted(ids):
         visits.setdefault(table.get(id, {}).get('patient') or id, []).append(id)
     if len(visits) < 3:
-        raise DataError(f'three lists need at least 3 patients, but the templates found {len(visits)} ({len(ids)} subjects); '
-                        f'correct data_root or the templates in config.py.')
+        raise DataError(f'three lists need at least 3 patients, but the templates found {len(visits)} ({len(ids)} '
+                        f'subjects); correct data_root or the templates in config.py.')
     patients = sorted(visits)
     random.Random(seed).shuffle(patients)
     validation = max(1, round(parts[1] * len(patients)))
     test = max(1, min(round(parts[2] * len(patients)), len(patients) - validation - 1))
-    chosen = {'validation': patients[:validation], 'test': patients[validation:validation + test], 'train': patients[validation + test:]}
+    chosen = {'validation': patients[:validation], 'test': patients[validation:validation + test],
+              'train': patients[validation + test:]}
     lists = {split: sorted(id for patient in chosen[split] for id in visits[patient]) for split in SPLITS}
     os.makedirs(data_info, exist_ok=True)
     for split, names in lists.items():
-        path = os.path.join(data_info, f'{split}.txt')
-        with open(f'{path}.tmp', 'w', encoding='utf-8') as file:
+        with open(f'{paths[split]}.tmp', 'w', encoding='utf-8') as file:
             file.write(''.join(f'{id}\n' for id in names))
-        os.replace(f'{path}.tmp', path)
+        os.replace(f'{paths[split]}.tmp', paths[split])
     return lists

@@ -18,28 +18,26 @@ ARTERIES = {
     'M2 superior': {'frontobasal': [(38, 34, -10)], 'prefrontal': [(44, 32, 22)], 'precentral': [(46, 6, 40)],
                     'central': [(50, -12, 40)], 'anterior parietal': [(46, -30, 50)], 'insula': [(38, 10, 2)]},
     'M2 inferior': {'temporal pole': [(40, 10, -30)], 'anterior temporal': [(56, -6, -20)],
-                    'middle temporal': [(60, -30, -4)],
-                    'posterior temporal': [(54, -52, 6)], 'angular': [(46, -60, 32)],
-                    'posterior parietal': [(38, -48, 52)],
+                    'middle temporal': [(60, -30, -4)], 'posterior temporal': [(54, -52, 6)],
+                    'angular': [(46, -60, 32)], 'posterior parietal': [(38, -48, 52)],
                     'posterior insula': [(40, -14, 4)]},
     'deep': {'lenticulostriate': [(25, 4, 4), (24, -6, 10)], 'caudate': [(16, 12, 14)]},
     'ACA': {'orbital': [(8, 36, -18)], 'frontopolar': [(10, 60, 6)], 'callosomarginal': [(9, 42, 34)],
             'internal frontal': [(12, 16, 56)], 'paracentral': [(8, -26, 62)], 'precuneal': [(9, -56, 50)],
             'pericallosal': [(7, 10, 30)]},
     'PCA': {'inferior temporal': [(34, -24, -26), (40, -46, -18)], 'calcarine': [(12, -86, 4)],
-            'parieto-occipital': [(14, -74, 26)],
-            'lateral occipital': [(30, -86, 6)], 'thalamic': [(13, -18, 8)], 'splenial': [(10, -44, 14)]},
+            'parieto-occipital': [(14, -74, 26)], 'lateral occipital': [(30, -86, 6)], 'thalamic': [(13, -18, 8)],
+            'splenial': [(10, -44, 14)]},
     'cerebellar': {'superior': [(26, -56, -26)], 'inferior': [(20, -66, -46)], 'brainstem': [(4, -28, -30)]}}
 M1 = ('M2 superior', 'M2 inferior', 'deep')
 OCCLUSIONS = {'M1': 0.17, 'M2 superior': 0.20, 'M2 inferior': 0.17, 'deep': 0.12, 'PCA': 0.08, 'ACA': 0.07,
               'branch': 0.19}
 
-# Healthy, reduced, severely reduced: CBF ml/100ml/min, CBV ml/100ml, MTT s, delay s (the severe state's MTT follows CBV
-# / CBF).
-PERFUSION = {'gm': ((53, 16, 5.3), (3.3, 3.0, 0.71), (3.7, 11, 8), (1, 4, 9)),
-             'wm': ((25, 7.5, 2.5), (1.9, 1.7, 0.42), (4.6, 14, 10), (1, 8, 12))}
+# Healthy, reduced, severely reduced: CBF ml/100ml/min, CBV ml/100ml, delay s. The mean transit time is CBV / CBF.
+PERFUSION = {'gm': {'cbf': (53, 16, 5.3), 'cbv': (3.3, 3.0, 0.71), 'delay': (1, 4, 9)},
+             'wm': {'cbf': (25, 7.5, 2.5), 'cbv': (1.9, 1.7, 0.42), 'delay': (1, 8, 12)}}
 HU = {'gm': 35.0, 'wm': 29.0, 'csf': 12.0, 'vessel': 40.0}
-CTP_NOISE = 3.5          # HU, one voxel of one frame on the default grid
+CTP_NOISE = 3.5          # HU, standard deviation of one voxel of one frame
 ECHO_TIME = 85.0         # ms
 B_VALUE = 1000.0         # s/mm^2
 # Fluid's share is that left after one repetition time; its T1 is the longest.
@@ -60,8 +58,7 @@ def draw_facts(rng, shifted=False):
              'recanalised': float(rng.uniform(0.6, 1) if rng.random() < 0.15 else 0),
              'chronic': float(rng.uniform(0.18, 0.42) if rng.random() < 0.2 else 0),
              'tolerance': float(rng.normal(0, 0.07)), 'lesion': bool(rng.random() >= 0.15),
-             'leukoaraiosis': float(rng.gamma(1.5, 0.25)),
-             'frame_interval': 3.5}
+             'leukoaraiosis': float(rng.gamma(1.5, 0.25)), 'frame_interval': 3.5}
     if site == 'branch':
         artery = str(rng.choice(('M2 superior', 'M2 inferior', 'PCA', 'ACA', 'deep')))
         branches = list(ARTERIES[artery])
@@ -79,9 +76,7 @@ def territory(brain, rng, sites):
     the territory, positive inside. All share one irregular partition of the brain.
     """
     shape = brain.mask.shape
-    mni = brain.mni + 4.5 * np.stack([brain.field(rng, 26) for _ in range(3)]) + 1.8 * np.stack([brain.field(rng, 9)
-                                                                                                 for _ in range(3)])
-    points = mni[:, brain.mask]
+    points = np.stack([(c + 4.5 * brain.field(rng, 26) + 1.8 * brain.field(rng, 9))[brain.mask] for c in brain.mni])
     nearest = {}
     for side in (1, -1):
         hub = np.array([26 * side, -14, 14], np.float32)[:, None]
@@ -96,7 +91,7 @@ def territory(brain, rng, sites):
                 for seed in seeds:
                     at = draw_in((np.array(seed) * (side, 1, 1) + rng.normal(0, 3, 3)).astype(np.float32)[:, None])
                     best = np.minimum(best, ((near - at) ** 2).sum(0))
-                # the falx: no artery reaches over the midline
+                # The falx: no artery reaches over the midline.
                 best = np.sqrt(best) + 2.0 * np.clip(-points[0] * side, 0, 10)
                 nearest[artery, branch, side] = best
     depths = []
@@ -123,6 +118,7 @@ def sites_of(name, side):
 
 
 def sigmoid(x):
+    """A soft step from 0 to 1."""
     return 1 / (1 + np.exp(-np.clip(x, -30, 30)))
 
 
@@ -165,11 +161,10 @@ def occlude(brain, facts, rng):
     if facts['lesion']:
         threshold = min(threshold, np.partition(doom.ravel(), -int(least) - 4)[-int(least) - 4])
     infarct = sigmoid((worst + weak - threshold) / 0.014) * sigmoid(depth / 0.8 + 1) * (worst > 0.05) * brain.mask
-    if not facts['lesion']:
-        infarct = infarct * 0
+    infarct = infarct * facts['lesion']
     small, _ = ndimage.label(lesion_mask(brain, infarct))
     sizes = np.bincount(small.ravel()) * brain.voxel_ml
-    # no specks: they are not seen in patients
+    # No specks: they are not what is seen in patients.
     infarct = np.where((sizes < 0.15)[small] & (small > 0), 0.3 * infarct, infarct)
     return now.astype(np.float32), infarct.astype(np.float32)
 
@@ -180,7 +175,7 @@ def lesion_mask(brain, infarct):
 
 
 def swell(brain, infarct):
-    """The same brain with its sulci effaced by the swollen infarct: tissue takes most of the fluid's place beside it."""
+    """The same brain, its sulci effaced by the swollen infarct: tissue takes most of the fluid's place beside it."""
     tissue = np.maximum(brain.gm + brain.wm, 1e-3)
     gone = 0.8 * infarct * brain.csf * np.minimum(tissue, 1)
     return replace(brain, gm=brain.gm * (1 + gone / tissue), wm=brain.wm * (1 + gone / tissue), csf=brain.csf - gone,
@@ -194,15 +189,11 @@ def perfusion_maps(brain, severity, rng):
     share = {'gm': brain.gm / tissue, 'wm': brain.wm / tissue}
     flow = np.exp(0.10 * brain.texture + 0.08 * brain.field(rng, 20))
 
-    def mix(row, log=True):
-        out = 0
-        for name, fraction in share.items():
-            knots = np.log(PERFUSION[name][row]) if log else np.array(PERFUSION[name][row], float)
-            value = np.interp(x, (0, 1, 2), knots)
-            out = out + fraction * (np.exp(value) if log else value)
-        return out
-    return {'cbf': mix(0) * flow * tissue, 'mtt': mix(2) * np.exp(0.06 * brain.field(rng, 15)),
-            'delay': mix(3, log=False) + 0.4 * brain.field(rng, 30)}
+    def mix(row):
+        return sum(f * np.exp(np.interp(x, (0, 1, 2), np.log(PERFUSION[name][row]))) for name, f in share.items())
+    cbf, cbv = mix('cbf'), mix('cbv')
+    return {'cbf': cbf * flow * tissue, 'mtt': 60 * cbv / np.maximum(cbf, 1e-3) * np.exp(0.06 * brain.field(rng, 15)),
+            'delay': mix('delay') + 0.4 * brain.field(rng, 30)}
 
 
 def enhancement(maps, times, arrival, width, peak):
@@ -247,15 +238,13 @@ def ct_perfusion(brain, severity, infarct, facts, rng, frames=15, noise=CTP_NOIS
     baseline -= 2.5 * (infarct * (brain.gm + brain.wm))[m] * (1.0 + 0.35 * min(facts['hours'], 8))
     share = 0.10 * brain.vessel[m] * brain.csf[m] + 0.15 * brain.vessel[m] * (1 - severity[m])
     share = np.clip(share, 0, 0.25)
-    clean = (baseline[:, None] + curves) * (1 - share[:, None]) + share[:,
-                                                                        None] * (HU['vessel'] + vessel * (1 - 0.5
-                                                                                                          * severity[m])[:, None])
+    vessel = HU['vessel'] + vessel * (1 - 0.5 * severity[m])[:, None]
+    clean = (baseline[:, None] + curves) * (1 - share[:, None]) + share[:, None] * vessel
 
     shape = brain.mask.shape
     grain = rng.standard_normal((frames, *shape), np.float32)
-    grain = grain[:, m] if noise == 0 else correlated(grain)[:, m]
     image = np.zeros((*shape, frames), np.float32)
-    image[m] = clean + noise * grain.T
+    image[m] = clean + noise * correlated(grain)[:, m].T
     tmax = np.where(m, maps['delay'] + 0.35 * (maps['mtt'] - 3.7), 0)
     return image, np.where(m, maps['cbf'], 0).astype(np.float32), np.clip(tmax, 0, None).astype(np.float32)
 
@@ -274,11 +263,12 @@ def diffusion(brain, infarct, facts, rng, noise=DWI_NOISE):
     images), then the same two without noise: four (X, Y, Z) float32.
     """
     deep = deep_grey(brain)
-    swollen = sigmoid((brain.field(rng, 14) - 1.9 + 1.3 * facts['leukoaraiosis'] + 2.2
-                       * periventricular(brain)) / 0.25) * brain.wm ** 2
+    # Leukoaraiosis: old damage of white matter, beside the ventricles first.
+    swollen = brain.field(rng, 14) - 1.9 + 1.3 * facts['leukoaraiosis'] + 2.2 * periventricular(brain)
+    swollen = sigmoid(swollen / 0.25) * brain.wm ** 2
     adc = {'gm': ADC['gm'] + (ADC['deep'] - ADC['gm']) * deep, 'wm': ADC['wm'] + 160 * swollen, 'csf': ADC['csf']}
     person = 1 + rng.normal(0, 0.02)
-    local = 1 + 0.035 * brain.texture * -1 + 0.025 * brain.field(rng, 20)
+    local = 1 - 0.035 * brain.texture + 0.025 * brain.field(rng, 20)
     # The infarct: its ADC varies between and within patients, its T2 rises slowly.
     core = np.clip(rng.uniform(390, 500) + 45 * brain.field(rng, 10), 340, 610)
     glow = np.clip(1.0 + 0.02 * facts['hours'] + 0.05 * brain.field(rng, 12), 1, 1.3)

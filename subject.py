@@ -1,6 +1,4 @@
-"""
-One subject in and out: the settings that decide how files become arrays, reading, checks, and the way back to its own grid.
-"""
+"""One subject in and out: the settings that decide how files become arrays, reading, the way back to its own grid."""
 
 import json
 import os
@@ -13,11 +11,11 @@ import torch
 import check
 import grid as grids
 import volume as vol
-from splits import find_file
+from splits import MissingFile, find_file
 from volume import DataError
 
-TRAVEL = ('task', 'spatial_dims', 'spacing', 'image_size', 'frames', 'frame_interval', 'resample', 'scaling', 'unit_scale',
-          'num_classes', 'target_names')
+TRAVEL = ('task', 'spatial_dims', 'spacing', 'image_size', 'frames', 'frame_interval', 'resample', 'scaling',
+          'unit_scale', 'num_classes', 'target_names')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -47,7 +45,7 @@ class Spec:
 
     @classmethod
     def from_settings(cls, cfg, **override):
-        """cfg: any object with the settings as attributes; override: for instance the travelling part out of a checkpoint."""
+        """cfg: any object with the settings as attributes; override: for instance what travelled in a checkpoint."""
         values = {name: getattr(cfg, name) for name in cls.__dataclass_fields__ if hasattr(cfg, name)}
         values.update(root=cfg.data_root, target_names=tuple(cfg.targets))
         values.update(override)
@@ -73,8 +71,10 @@ class Spec:
         """Whether all target files of a subject are there."""
         try:
             return all(self.path(name, id) for name in self.target_names)
-        except DataError:
+        except MissingFile:
             return False
+        except DataError:
+            return True  # there, but with a fault that load_subject tells
 
     def names(self, with_truth=True):
         """The volumes of a subject, the source first."""
@@ -93,7 +93,7 @@ def scaling_range(spec, target):
 @dataclass
 class Subject:
     """
-    One subject on the working grid (RAS, spacing, image_size), and the way back to its own grid, that of the source file.
+    One subject on the working grid (RAS, spacing, image_size), and the way back to its own, that of the source file.
 
     2D: N axial slices of (X, Y), C = frames. 3D: N = 1 volume of (X, Y, Z).
     """
@@ -127,7 +127,11 @@ class Subject:
         return int(np.flatnonzero(nib.io_orientation(self.affine)[:, 0] == 2)[0])
 
     def to_native(self, pred):
-        """pred (N, K, *S) in [-1, 1] -> dict target -> (X, Y, Z) float32 in physical units, clipped to the range, 0 outside the mask."""
+        """
+        pred (N, K, *S) in [-1, 1] -> dict target -> (X, Y, Z) float32 on the native grid, 0 outside the mask.
+
+        In physical units, clipped to the scaling range: 'median' gives multiples of the median, 'quantile' 0..1.
+        """
         pred, mask = (_as_volume(x, self.spec.spatial_dims) for x in (pred, self.mask))
         native, share = grids.onto_inside(pred, mask[0] > 0.5, self.grid[1], self.affine, self.shape)
         grids.fill_nearest(native, share[0] > 0.01, self.native_mask)  # the mask's rim, rounded away on a coarser grid
@@ -162,10 +166,11 @@ def _as_volume(array, spatial_dims):
 
 def load_subject(spec, id=None, files=None, with_truth=True, report=None):
     """
-    Read and preprocess one subject: by ID through the templates, or, in no list, files = {'source': path, 'mask': path or None}.
+    Read and preprocess one subject: by ID through the templates, or, in no list, files = {'source': path, 'mask': path
+    or None}. with_truth=False reads source and mask alone. A lesion file may be absent (Cohort and the check need it).
 
-    with_truth=False reads source and mask alone. Raises DataError 'ID: sentence' at the first fault. With report, a dict, all
-    faults are gathered in report['faults'] and what was read in report['volumes'] instead; returns None if there was one.
+    Raises DataError 'ID: sentence' at the first fault. With report, a dict, all faults are gathered in report['faults']
+    and what was read is described in report['volumes'] instead, and nothing is returned.
     """
     if files is not None:
         id, with_truth = id or os.path.basename(files['source']).split('.')[0], False
@@ -176,100 +181,125 @@ def load_subject(spec, id=None, files=None, with_truth=True, report=None):
         report['faults'].append(str(error))
 
     volumes = _read_files(spec, id, files, with_truth, fault, report)
-    if 'source' not in volumes or ('mask' not in volumes and (spec.mask if files is None else files.get('mask'))):
+    has_mask_file = bool(spec.mask if files is None else files.get('mask'))
+    if 'source' not in volumes or has_mask_file and 'mask' not in volumes:
         return None  # without them nothing more can be said
     source, targets = volumes['source'], [name for name in spec.target_names if name in volumes]
 
     # The mask, and the lesion, each on its own grid.
+    own = volumes['mask'] if has_mask_file else source
+    mask_path = own.path if has_mask_file else f'{own.path} > 0'
     try:
-        mask_path = volumes['mask'].path if 'mask' in volumes else f'{source.path} > 0'
-        given = 'mask' in volumes
-        own = volumes['mask'] if given else source
-        mask = check.binary(own.path, own.array) if given else grids.derive_mask(_mean_image(source.array))
+        mask = check.binary(own.path, own.array) if has_mask_file else grids.derive_mask(_mean_image(own.array))
         if not mask.any():
-            raise DataError(f'{mask_path} is empty: no voxel is inside the mask; replace the mask or leave the subject out.')
+            raise DataError(f'{mask_path} is empty: no voxel is inside the mask; replace it or leave the subject out.')
     except DataError as error:
         fault(error)
         return None
-    masks = {name: _move_mask(mask, own, volumes[name]) for name in ('source', *targets, 'lesion') if name in volumes}
+    masks = {name: _move_mask(mask, own, volumes[name]) for name in volumes}
     lesion = None
     if 'lesion' in volumes:
+        drawn = volumes['lesion']
         try:
-            lesion = check.binary(volumes['lesion'].path, volumes['lesion'].array)
-            exact = given and volumes['lesion'].affine is own.affine
-            check.lesion_inside(volumes['lesion'].path, lesion, masks['lesion'], 0 if exact else 0.05, mask_path)
+            lesion = check.binary(drawn.path, drawn.array)
+            same_grid = has_mask_file and drawn.affine is own.affine
+            check.lesion_inside(drawn.path, lesion, masks['lesion'], 0 if same_grid else 0.05, mask_path)
             lesion &= masks['lesion']
         except DataError as error:
             fault(error)
 
-    # Values inside the mask: do they vary, is the unit plausible, what becomes -1 and 1.
     limits = {}
     for name in ('source', *targets):
-        volume = volumes[name]
         try:
-            values = volume.array.T[..., masks[name].T]  # the file's own order of voxels: no strided reads
-            check.covers(volume, masks[name], own, mask, mask_path)
-            check.varies(volume.path, values)
-            kind = {'ctp2dwi': 'ctp'}.get(spec.task) if name == 'source' else name
-            check.units(volume.path, kind, name, values, spec.unit_scale.get(name, 1))
-            try:
-                limits[name] = vol.scaling_limits(spec.scaling[name], values)
-            except ValueError as error:
-                raise DataError(f'{volume.path} cannot be scaled: {error}; correct the file or scaling in config.py.') from error
-            if report is not None:
-                report['volumes'][name]['percentiles'] = np.percentile(values.ravel()[::7], (1, 50, 99))
+            check.covers(volumes[name], masks[name], own, mask, mask_path)
+            limits[name] = _limits(spec, name, volumes[name], masks[name], report)
         except DataError as error:
             fault(error)
 
     # The working grid: that of the source (resample: of the first target, where it is there), turned, spaced, cropped.
-    shape, affine = source.shape, source.affine
-    try:
-        if spec.resample and files is None and spec.target_names:
-            first = volumes.get(spec.target_names[0])
-            shape, affine = (first.shape, first.affine) if first else vol.read_grid(spec.path(spec.target_names[0], id))
-    except DataError:
-        pass  # an ID without truth: the source's own grid
-    spaced = grids.turn_and_space(shape, affine, spec.spacing)
-    working = grids.onto(mask[None].astype(np.float32), own.affine, spaced[1], spaced[0])[0] >= 0.5
+    shape, affine = _reference(spec, id, files, volumes)
+    shape, affine = grids.turn_and_space(shape, affine, spec.spacing)
+    working = grids.onto(mask[None].astype(np.float32), own.affine, affine, shape)[0] >= 0.5
     size = (*(spec.image_size or (None,) * spec.spatial_dims), None)[:3]
     extent = grids.mask_extent(working)
     if not working.any():
-        fault(DataError(f'{mask_path} is empty on the working grid; check its affine, or lower spacing = {spec.spacing}.'))
+        fault(DataError(f'{mask_path} is empty on the working grid; check its affine, lower spacing = {spec.spacing}.'))
     elif any(n and n < m for n, m in zip(size, extent, strict=True)):
-        fault(DataError(f'{mask_path} spans {tuple(extent[:spec.spatial_dims])} voxels of the working grid, more than image_size = '
-                        f'{spec.image_size}; raise image_size, or raise spacing = {spec.spacing}.'))
+        fault(DataError(f'{mask_path} spans {tuple(extent[:spec.spatial_dims])} voxels of the working grid, more than '
+                        f'image_size = {spec.image_size}; raise image_size, or raise spacing = {spec.spacing}.'))
     if report is not None:
+        report['extent'] = extent
         if lesion is not None:
             report['lesion_ml'] = lesion.sum() * abs(np.linalg.det(volumes['lesion'].affine[:3, :3])) / 1000
-        report['extent'] = extent
         return None
-    grid = grids.crop_to_mask(working, spaced[1], size)
+    grid = grids.crop_to_mask(working, affine, size)
 
-    def on_grid(name, array):
-        """array (C, X, Y, Z) of a volume -> (N, C, *S), scaled."""
-        out = np.empty((grid[0][2], len(array), *grid[0][:2]) if spec.spatial_dims == 2 else (1, len(array), *grid[0]), np.float32)
-        view = out.transpose(1, 2, 3, 0) if spec.spatial_dims == 2 else out[0]
-        if name not in limits:
-            grids.onto(array, own.affine if name == 'mask' else volumes[name].affine, grid[1], grid[0], view)
-            return np.greater_equal(out, 0.5, out=out, casting='unsafe')
+    flat = spec.spatial_dims == 2
+    work_mask = _binary_onto(mask, own.affine, grid, flat)
+
+    def image_onto(name, array):
+        """array (C, X, Y, Z) of a volume -> (N, C, *S), scaled, -1 outside the mask."""
+        out, view = _empty(len(array), grid, flat)
         grids.onto_inside(array, masks[name], volumes[name].affine, grid[1], grid[0], view)
         vol.scale(out, limits[name])
         np.copyto(out, -1, where=work_mask == 0)
         return out
 
-    work_mask = on_grid('mask', mask[None].astype(np.float32))
-    image = source.array[..., None] if source.array.ndim == 3 else vol.resample_time(source.array, spec.frames)
-    target = np.concatenate([on_grid(name, volumes[name].array[None]) for name in targets], axis=1) if targets else None
-    native = [_move_mask(array, volumes.get(name, own), source) if array is not None else None
-              for name, array in (('mask', mask), ('lesion', lesion))]
+    target = [image_onto(name, volumes[name].array[None]) for name in targets]
+    frames = source.array[..., None] if source.array.ndim == 3 else vol.resample_time(source.array, spec.frames)
     return Subject(
-        id, spec, on_grid('source', np.moveaxis(image, -1, 0)), work_mask, target,
-        on_grid('lesion', lesion[None].astype(np.float32)) * work_mask if lesion is not None else None,
-        *native, source.shape, source.affine, source.geometry, grid, {name: (volumes[name], masks[name], limits[name]) for name in targets})
+        id=id, spec=spec, mask=work_mask,
+        source=image_onto('source', np.moveaxis(frames, -1, 0)),
+        target=np.concatenate(target, axis=1) if target else None,
+        lesion=None if lesion is None else _binary_onto(lesion, volumes['lesion'].affine, grid, flat) * work_mask,
+        native_mask=masks['source'],
+        native_lesion=None if lesion is None else _move_mask(lesion, volumes['lesion'], source),
+        shape=source.shape, affine=source.affine, geometry=source.geometry, grid=grid,
+        volumes={name: (volumes[name], masks[name], limits[name]) for name in targets})
+
+
+def _limits(spec, name, volume, mask, report):
+    """The values that become -1 and 1; DataError if those inside the mask do not vary or are in another unit."""
+    values = volume.array.T[..., mask.T]  # the file's own order of voxels: no strided reads
+    check.varies(volume.path, values)
+    few = values.ravel()[::max(1, values.size // 200_000)]  # enough for a look at the unit
+    kind = {'ctp2dwi': 'ctp'}.get(spec.task) if name == 'source' else name
+    check.units(volume.path, kind, name, few, spec.unit_scale.get(name, 1))
+    if report is not None:
+        report['volumes'][name]['percentiles'] = np.percentile(few, (1, 50, 99))
+    try:
+        return vol.scaling_limits(spec.scaling[name], values)
+    except ValueError as error:
+        raise DataError(f'{volume.path} cannot be scaled: {error}; correct it, or scaling in config.py.') from error
+
+
+def _reference(spec, id, files, volumes):
+    """Shape and affine of the grid that the working grid is made from."""
+    if spec.resample and files is None and spec.target_names:
+        first = volumes.get(spec.target_names[0])
+        try:
+            return (first.shape, first.affine) if first else vol.read_grid(spec.path(spec.target_names[0], id))
+        except DataError:
+            pass  # an ID without truth
+    return volumes['source'].shape, volumes['source'].affine
+
+
+def _empty(channels, grid, flat):
+    """An array (N, C, *S) and its view as (C, X, Y, Z)."""
+    (x, y, z), _ = grid
+    out = np.empty((z, channels, x, y) if flat else (1, channels, x, y, z), np.float32)
+    return out, out.transpose(1, 2, 3, 0) if flat else out[0]
+
+
+def _binary_onto(array, affine, grid, flat):
+    """A mask (X, Y, Z) bool -> (N, 1, *S) float32 0 or 1."""
+    out, view = _empty(1, grid, flat)
+    grids.onto(array[None].astype(np.float32), affine, grid[1], grid[0], view)
+    return (out >= 0.5).astype(np.float32)
 
 
 def _read_files(spec, id, files, with_truth, fault, report):
-    """dict name -> Volume of all files that can be read and lie on the source's grid (or anywhere, with resample)."""
+    """dict name -> Volume of all files that can be read and lie on one grid (or anywhere, with resample)."""
     volumes = {}
     for name in spec.names(with_truth) if files is None else [name for name in ('source', 'mask') if files.get(name)]:
         try:
@@ -277,12 +307,7 @@ def _read_files(spec, id, files, with_truth, fault, report):
             if not os.path.isfile(path):
                 raise DataError(f'{path} is missing; correct the path.')
             volume = vol.read_volume(path)
-            if name == 'source' and spec.frames and volume.array.ndim == 3:
-                raise DataError(f'{path} has no frames: 3 dimensions {volume.array.shape} where a 4D series is expected; give the 4D file, '
-                                f'or set frames = None for a 3D source.')
-            if volume.array.ndim != (4 if name == 'source' and spec.frames else 3):
-                more = ', or set frames for a 4D source' if name == 'source' else ''
-                raise DataError(f'{path} has {volume.array.ndim} dimensions {volume.array.shape}, expected 3; give the 3D file{more}.')
+            check.dimensions(volume, bool(spec.frames) if name == 'source' else None)
             factor = spec.unit_scale.get(name, 1)
             if factor != 1:
                 volume.array *= np.float32(factor)
@@ -290,6 +315,8 @@ def _read_files(spec, id, files, with_truth, fault, report):
                 report['volumes'][name] = check.facts(volume, spec.frame_interval)
             volumes[name] = volume
         except DataError as error:
+            if name == 'lesion' and report is None and isinstance(error, MissingFile):
+                continue  # needed in training only: Cohort asks for it
             fault(error)
     return _same_grid(volumes, spec.resample, fault)
 
@@ -310,8 +337,8 @@ def _same_grid(volumes, resample, fault):
         if group is not most and not resample:
             here, there = grids.difference(group[0].shape, group[0].affine, most[0].shape, most[0].affine)
             for volume in group:
-                fault(DataError(f'{volume.path} has {here}, but {most[0].path} has {there}; correct one, or set resample = True to bring '
-                                f"all onto the first target's grid."))
+                fault(DataError(f'{volume.path} has {here}, but {most[0].path} has {there}; correct one, or set '
+                                f"resample = True to bring all onto the first target's grid."))
                 volumes = {name: other for name, other in volumes.items() if other is not volume}
     return volumes
 

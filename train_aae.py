@@ -62,13 +62,13 @@ def mean_image(cohort):
 
     Slices of different subjects are matched by their distance from the middle one. A baseline that every model must beat.
     """
-    parts = [[cohort[i]['target'] for i in range(start, end)] for start, end in zip([0, *cohort.ends[:-1]], cohort.ends)]
+    parts = [cohort.subject_items(j)['target'] for j in range(len(cohort.ids))]
     centre = max((len(p) - 1) // 2 for p in parts)
     total = torch.zeros(centre + max(len(p) - (len(p) - 1) // 2 for p in parts), *parts[0][0].shape)
     count = torch.zeros(len(total))
     for p in parts:
         first = centre - (len(p) - 1) // 2
-        total[first:first + len(p)] += torch.stack(p)
+        total[first:first + len(p)] += p
         count[first:first + len(p)] += 1
     return dict(image=total / count.clamp(min=1).view(-1, *[1] * (total.ndim - 1)), centre=centre)
 

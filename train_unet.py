@@ -15,7 +15,7 @@ import losses
 import metrics
 import utils
 from diffusion import Diffusion
-from infer import Model, Sampling, load_aae, translate, validate
+from infer import Model, Sampling, fit_quality, load_aae, translate, validate
 from model import PixelUNet, UNet, count_parameters, fingerprint
 
 DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'frames', 'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'ema', 'seed', 'batch_size', 'lr')
@@ -40,6 +40,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
                    f'effective batch {cfg.batch_size * run.world}')
     if not stage.resume(cfg.unet_steps, ['loss', 'grad_norm'], metrics.QUICK, len(cohort) / cfg.batch_size / run.world, unet=unet, opt=opt, ema=ema, scaler=run.scaler):
         return
+    qc = fit_quality(spec, cohort, validation_ids) if run.main else None
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.step, run.rank, run.world, cfg.workers)
     current, how = Model(model.aae, ema.net, diffusion), Sampling.of(cfg)
 
@@ -50,7 +51,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
         if stage.must_evaluate(step):
             row = validate(run, lambda subject: translate(run, current, subject.source, subject.id, how), spec, validation_ids)
             if stage.validated(step, row, score=row['psnr']):
-                stage.save_best(net=ema.net.state_dict(), args=unet.args, diffusion=diffusion.args, aae=fingerprint(model.aae), prep=spec.travel())
+                stage.save_best(net=ema.net.state_dict(), args=unet.args, diffusion=diffusion.args, aae=fingerprint(model.aae), prep=spec.travel(), qc=qc)
         stage.save_if_due(step)
         if last:
             break

@@ -1,6 +1,6 @@
 """
-Volumes in and out: reading NIfTI, frames, intensity scaling and its inverse, writing on the subject's own grid. Knows one
-volume at a time; grid.py brings it from one grid onto another, subject.py puts the volumes of a subject together.
+Volumes in and out: reading NIfTI, frames, intensity scaling and its inverse, writing on the subject's own grid. One
+volume at a time: grid.py brings it from one grid onto another, subject.py puts the volumes of a subject together.
 """
 
 import gzip
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import nibabel as nib
 import numpy as np
 
-GEOMETRY_FIELDS = ('qform_code', 'sform_code', 'quatern_b', 'quatern_c', 'quatern_d', 'qoffset_x', 'qoffset_y', 'qoffset_z',
-                   'srow_x', 'srow_y', 'srow_z')
+GEOMETRY_FIELDS = ('qform_code', 'sform_code', 'quatern_b', 'quatern_c', 'quatern_d', 'qoffset_x', 'qoffset_y',
+                   'qoffset_z', 'srow_x', 'srow_y', 'srow_z')
 
 
 class DataError(ValueError):
@@ -76,7 +76,7 @@ def read_volume(path):
     except (nib.spatialimages.HeaderDataError, ValueError, OverflowError, MemoryError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f'{path} has a damaged header ({_one_line(error)}); copy or convert it again.') from error
+        raise DataError(f'{path} cannot be read ({_one_line(error)}); is its header damaged? Copy it again.') from error
 
     shape = array.shape[:3] + tuple(n for n in array.shape[3:] if n != 1)
     if len(shape) not in (3, 4) or 0 in shape:
@@ -127,7 +127,11 @@ def _time_step(header):
 
 
 def resample_time(array, frames):
-    """(X, Y, Z, T) -> (X, Y, Z, frames): linear interpolation at evenly spaced times from the first frame to the last."""
+    """
+    (X, Y, Z, T) -> (X, Y, Z, frames): linear interpolation at evenly spaced times from the first frame to the last.
+
+    The frames of a file are evenly spaced too, so that the time between them cancels.
+    """
     count = array.shape[3]
     if count == frames:
         return array
@@ -147,7 +151,7 @@ def scaling_range(rule):
 
 
 def scaling_limits(rule, values):
-    """The file's values (lo, hi) that become -1 and 1, from the values inside the mask; ValueError if they are no range."""
+    """The file's values (lo, hi) that become -1 and 1, from those inside the mask; ValueError if they are no range."""
     kind, a, b = rule
     if kind == 'range':
         lo, hi = a, b

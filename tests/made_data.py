@@ -27,7 +27,7 @@ OBLIQUE = affine('LAS', angles=(8, -5, 12))
 
 
 def volumes(shape=SHAPE, frames=6, seed=0, lesion=True):
-    """dict of arrays with plausible values: ctp (HU), dwi, adc (1e-6 mm^2/s), mri, suvr, mask, lesion; 0 outside the mask."""
+    """dict of arrays with plausible values: ctp (HU), dwi, adc (1e-6 mm^2/s), mri, suvr, mask, lesion; 0 outside."""
     rng = np.random.default_rng(seed)
     place = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) * min(1, (n - 1) / 2) for n in shape), indexing='ij'))
     mask = (place ** 2).sum(0) < 0.8
@@ -35,8 +35,13 @@ def volumes(shape=SHAPE, frames=6, seed=0, lesion=True):
     core = (((place - centre) ** 2).sum(0) < 0.08) & mask & lesion
     noise = rng.normal(1, 0.05, shape)
     bolus = 1 + 0.3 * np.sin(np.linspace(0, np.pi, frames))
-    made = dict(ctp=(32 * noise)[..., None] * bolus, dwi=np.where(core, 220, 100) * noise, adc=np.where(core, 450, 850) * noise,
-                mri=500 * noise + 100 * place[0], suvr=1.2 * noise)
+    made = dict(
+        ctp=(32 * noise)[..., None] * bolus,
+        dwi=np.where(core, 220, 100) * noise,
+        adc=np.where(core, 450, 850) * noise,
+        mri=500 * noise + 100 * place[0],
+        suvr=1.2 * noise,
+    )
     made = {name: array * (mask[..., None] if array.ndim == 4 else mask) for name, array in made.items()}
     return dict(made, mask=mask, lesion=core)
 
@@ -88,13 +93,41 @@ def write_amyloid(root='data', ids=IDS):
 
 def settings(*words, root='data'):
     """Settings of the small stroke subjects; words: further command-line words."""
-    return config.load('', argv=['--data_root', root, '--data_info', f'{root}/data_info', '--image_size', '(16, 20)', '--frames', '6',
-                                 '--spacing', '(None, None, None)', *words])
+    return config.load(
+        '',
+        argv=[
+            '--data_root',
+            root,
+            '--data_info',
+            f'{root}/data_info',
+            '--image_size',
+            '(16, 20)',
+            '--frames',
+            '6',
+            '--spacing',
+            '(None, None, None)',
+            *words,
+        ],
+    )
 
 
 def amyloid_settings(*words, root='data'):
-    return config.load('', argv=['--preset', 'mri2pet_demo', '--data_root', root, '--data_info', f'{root}/data_info', '--image_size',
-                                 '(16, 16, 16)', '--spacing', '(None, None, None)', *words])
+    return config.load(
+        '',
+        argv=[
+            '--preset',
+            'mri2pet_demo',
+            '--data_root',
+            root,
+            '--data_info',
+            f'{root}/data_info',
+            '--image_size',
+            '(16, 16, 16)',
+            '--spacing',
+            '(None, None, None)',
+            *words,
+        ],
+    )
 
 
 def spec(*words, root='data', **override):

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from made_data import OBLIQUE, affine, volumes, write, write_amyloid, write_lists, write_stroke
+from made_data import IDS, OBLIQUE, affine, volumes, write, write_amyloid, write_lists, write_stroke
 
 import config
 import dataset
@@ -53,7 +53,10 @@ def write_isles_24():
         arrays = volumes(frames=20, seed=number)
         derived = f'data/train/derivatives/{id}'
         for name in ('ctp', 'cta'):
-            write(f'{derived}/ses-01/{id}_ses-01_space-ncct_{name}.nii.gz', arrays['ctp'] if name == 'ctp' else arrays['ctp'][..., 0])
+            write(
+                f'{derived}/ses-01/{id}_ses-01_space-ncct_{name}.nii.gz',
+                arrays['ctp'] if name == 'ctp' else arrays['ctp'][..., 0],
+            )
         for name in ('tmax', 'mtt', 'cbf', 'cbv'):
             write(f'{derived}/ses-01/perfusion-maps/{id}_ses-01_space-ncct_{name}.nii.gz', arrays['suvr'])
         for name, array in (('dwi', arrays['dwi']), ('adc', arrays['adc'] * 1e-6), ('lesion-msk', arrays['lesion'])):
@@ -64,33 +67,39 @@ def write_isles_24():
 
 def write_adni():
     ids = ['002_S_0295', '002_S_0413', '011_S_0021', '127_S_0259']
+    tracer = 'AV45_Coreg,_Avg,_Std_Img_and_Vox_Siz,_Uniform_Resolution'
     for number, id in enumerate(ids):
         arrays = volumes((12, 14, 12), seed=number)
-        image = f'I{240811 + number}'
         sequence = ('MPRAGE', 'MP-RAGE', 'MPRAGE_GRAPPA2', 'MP-RAGE_REPEAT')[number]
-        write(f'data/ADNI/{id}/{sequence}/2011-06-02_07_56_36.0/{image}/ADNI_{id}_MR_{sequence}_br_raw_20110602125224646_127_S110474_'
-              f'{image}.nii', arrays['mri'])
-        shape, matrix = (22, 24, 26), affine('RAS', (3.1, 3.0, 3.0), (0, 4, 0))
+        folder = f'data/ADNI/{id}/{sequence}/2011-06-02_07_56_36.0/I{240811 + number}'
+        file = f'ADNI_{id}_MR_{sequence}_br_raw_20110602125224646_127_S110474_I{240811 + number}.nii'
+        write(f'{folder}/{file}', arrays['mri'])
+        shape, matrix = (22, 24, 26), affine('RAS', (3.1, 3.0, 3.0), (0, 4, 0))  # a grid of its own, as a scanner has
         matrix[:3, 3] = (OBLIQUE @ (6, 7, 6, 1))[:3] - matrix[:3, :3] @ (11, 12, 13)
-        pet = grid.onto(arrays['suvr'][None].astype(np.float32), OBLIQUE, matrix, shape)[0]  # a grid of its own, as a scanner has
-        tracer = f'data/ADNI/{id}/AV45_Coreg,_Avg,_Std_Img_and_Vox_Siz,_Uniform_Resolution/2011-06-09_11_00_00.0/I{300000 + number}'
-        write(f'{tracer}/ADNI_{id}_PT_AV45_Coreg,_Avg,_Std_Img_and_Vox_Siz,_Uniform_Resolution_Br_20110610_I{300000 + number}.nii', pet, matrix)
+        pet = grid.onto(arrays['suvr'][None].astype(np.float32), OBLIQUE, matrix, shape)[0]
+        folder = f'data/ADNI/{id}/{tracer}/2011-06-09_11_00_00.0/I{300000 + number}'
+        write(f'{folder}/ADNI_{id}_PT_{tracer}_Br_20110610_I{300000 + number}.nii', pet, matrix)
         write(f'data/mask/{id}.nii.gz', arrays['mask'])
     return ids
 
 
 def lapt():
     write_stroke()
-    return list(('s01', 's02', 's03', 's04'))
+    return list(IDS)
 
 
 def il_cldm():
     write_amyloid()
-    return list(('s01', 's02', 's03', 's04'))
+    return list(IDS)
 
 
-LAYOUTS = {'lapt': (lapt, dict(data_root='data')), 'il-cldm': (il_cldm, dict(preset='mri2pet_demo', data_root='data')),
-           'isles 2018': (write_isles_2018, ISLES_2018), 'isles 24': (write_isles_24, ISLES_24), 'adni': (write_adni, ADNI)}
+LAYOUTS = {
+    'lapt': (lapt, dict(data_root='data')),
+    'il-cldm': (il_cldm, dict(preset='mri2pet_demo', data_root='data')),
+    'isles 2018': (write_isles_2018, ISLES_2018),
+    'isles 24': (write_isles_24, ISLES_24),
+    'adni': (write_adni, ADNI),
+}
 
 
 def settings(values, *words):
@@ -131,8 +140,15 @@ def test_summary_is_indented(capsys):
     assert dataset.main(cfg) == 0
     out, err = capsys.readouterr()
     assert all(line.startswith('  ') for line in out.splitlines())
-    for words in ('Subjects: 2 in train, 1 in validation, 1 in test', 'shape: 14 x 17 x 5 (4)', 'orientation: LAS (4)', 'frames: 6 (4)',
-                  'scan time: 10..10 s', 'lesion: 4 subjects', 'No fault in 4 subjects'):
+    for words in (
+        'Subjects: 2 in train, 1 in validation, 1 in test',
+        'shape: 14 x 17 x 5 (4)',
+        'orientation: LAS (4)',
+        'frames: 6 (4)',
+        'scan time: 10..10 s',
+        'lesion: 4 subjects',
+        'No fault in 4 subjects',
+    ):
         assert words in out
     assert 'checking' in err
 
@@ -154,14 +170,22 @@ def test_suffixes_find_each_other():
 def test_star_must_match_one_file():
     for name in ('ADNI_1.nii', 'ADNI_2.nii'):
         write(f'data/a/{name}', np.ones((3, 3, 3)))
-    with pytest.raises(DataError, match=r'2 files match .data/a/\*.nii. \(data/a/ADNI_1.nii, data/a/ADNI_2.nii\); keep one'):
+    with pytest.raises(
+        DataError, match=r'2 files match .data/a/\*.nii. \(data/a/ADNI_1.nii, data/a/ADNI_2.nii\); keep one'
+    ):
         splits.find_file('{root}/{id}/*.nii', 'data', 'a')
     with pytest.raises(DataError, match=r'data/b/\*.nii is missing'):
         splits.find_file('{root}/{id}/*.nii', 'data', 'b')
 
 
-@pytest.mark.parametrize('template, words', [('{root}/x.nii', 'lacks {id}'), ('{root}/{id}/{visit}.nii', 'may hold only'),
-                                             ('{root}/{id}/{.nii', 'may hold only')])
+@pytest.mark.parametrize(
+    'template, words',
+    [
+        ('{root}/x.nii', 'lacks {id}'),
+        ('{root}/{id}/{visit}.nii', 'may hold only'),
+        ('{root}/{id}/{.nii', 'may hold only'),
+    ],
+)
 def test_wrong_templates(template, words):
     with pytest.raises(DataError, match=words):
         splits.find_file(template, 'data', 'a')
@@ -231,7 +255,11 @@ def test_incomplete_subjects_are_left_out_and_named(capsys):
 
 def test_lists_and_tables_as_people_write_them():
     os.makedirs('lists')
-    for split, text in (('train', '\ufeff# our first\r\n0001\r\n\r\n 0002 \r\n'), ('validation', '0003'), ('test', '0004\n')):
+    for split, text in (
+        ('train', '\ufeff# our first\r\n0001\r\n\r\n 0002 \r\n'),
+        ('validation', '0003'),
+        ('test', '0004\n'),
+    ):
         with open(f'lists/{split}.txt', 'w', encoding='utf-8', newline='') as file:
             file.write(text)
     with open('lists/data_info.csv', 'w', encoding='utf-8', newline='') as file:

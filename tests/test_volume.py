@@ -53,7 +53,9 @@ def test_without_spacing_values_come_back_exactly(name):
     assert np.allclose(back['adc'][inside], arrays['adc'][inside], atol=1e-3)
     assert np.allclose(truth['adc'], arrays['adc'].astype(np.float32), atol=0)
     assert np.allclose(truth['dwi'][inside], arrays['dwi'][inside] / np.median(arrays['dwi'][inside]), rtol=1e-5)
-    assert np.all(back['adc'][~inside] == 0) and np.all(subject.target[np.broadcast_to(subject.mask, subject.target.shape) == 0] == -1)
+    assert np.all(back['adc'][~inside] == 0) and np.all(
+        subject.target[np.broadcast_to(subject.mask, subject.target.shape) == 0] == -1
+    )
     raw = subject.to_native_raw(subject.source)
     assert raw.shape == (*shape, 6)
     assert np.abs((raw[inside] + 1) * 50 - arrays['ctp'][inside]).max() < 1e-3
@@ -75,7 +77,7 @@ def test_turned_to_ras(name):
 @pytest.mark.parametrize('name', GRIDS)
 @pytest.mark.parametrize('resample', [False, True])
 def test_with_spacing_a_smooth_pattern_comes_back(name, resample):
-    """A linear pattern of world coordinates, through another spacing (resample: another grid) and back, lands on itself."""
+    """A linear pattern of world coordinates, through another spacing (resample: another grid) and back, lands on it."""
     shape, matrix = GRIDS[name]
     arrays = one_subject(shape, matrix)
     index = np.stack(np.meshgrid(*(np.arange(n) for n in shape), indexing='ij'), -1)
@@ -87,7 +89,11 @@ def test_with_spacing_a_smooth_pattern_comes_back(name, resample):
         to_shape = (40, 44, 40)
         centre = matrix @ (*(np.array(shape) / 2), 1)
         other[:3, 3] = centre[:3] - other[:3, :3] @ (np.array(to_shape) / 2)
-        write('new/n1/dwi.nii.gz', grid.onto(arrays['dwi'][None].astype(np.float32), matrix, other, to_shape)[0] + 1, other)
+        write(
+            'new/n1/dwi.nii.gz',
+            grid.onto(arrays['dwi'][None].astype(np.float32), matrix, other, to_shape)[0] + 1,
+            other,
+        )
     words = '--spacing', '(2.2, 2.4, None)', '--image_size', '(64, 64)', '--resample', str(resample)
     subject = dataset.load_subject(spec(*words, root='new'), 'n1')
     assert np.linalg.norm(subject.grid[1][:3, :3], axis=0)[:2] == pytest.approx((2.2, 2.4))
@@ -113,7 +119,9 @@ def test_cropping_is_around_the_mask():
     subject = dataset.load_subject(spec(root='new'), 'n1')  # image_size 16 x 20, the brain in a far corner
     line = np.flatnonzero(subject.mask.any(axis=(0, 1, 3)))
     assert abs((line[0] + line[-1]) / 2 - 7.5) <= 0.5
-    with pytest.raises(DataError, match=r'n1: .*mask.nii.gz spans \(13, 13\) voxels.*image_size = \(12, 20\).*raise spacing'):
+    with pytest.raises(
+        DataError, match=r'n1: .*mask.nii.gz spans \(13, 13\) voxels.*image_size = \(12, 20\).*raise spacing'
+    ):
         dataset.load_subject(spec('--image_size', '(12, 20)', root='new'), 'n1')
 
 
@@ -175,9 +183,18 @@ def test_writing_leaves_no_half_file(monkeypatch):
 # ----------------------------------------------------------------------------------------------------------------------
 # Files as they come
 
-@pytest.mark.parametrize('name, ndim', [
-    ('anatomical.nii', 3), ('functional.nii', 4), ('standard.nii.gz', 3), ('example4d.nii.gz', 4), ('example_nifti2.nii.gz', 4),
-    ('reoriented_anat_moved.nii', 3), ('test.mgz', 4)])
+@pytest.mark.parametrize(
+    'name, ndim',
+    [
+        ('anatomical.nii', 3),
+        ('functional.nii', 4),
+        ('standard.nii.gz', 3),
+        ('example4d.nii.gz', 4),
+        ('example_nifti2.nii.gz', 4),
+        ('reoriented_anat_moved.nii', 3),
+        ('test.mgz', 4),
+    ],
+)
 def test_files_that_nibabel_ships(name, ndim):
     read = volume.read_volume(f'{SHIPPED}/{name}')
     img = nib.load(f'{SHIPPED}/{name}')
@@ -191,12 +208,16 @@ def test_a_shipped_file_with_nan():
         volume.read_volume(f'{SHIPPED}/resampled_anat_moved.nii')
 
 
-@pytest.mark.parametrize('kind', ['big-endian', 'int16 with slope', 'img and hdr', 'nifti2', 'wrong gz', 'gz without suffix', 'float64'])
+@pytest.mark.parametrize(
+    'kind', ['big-endian', 'int16 with slope', 'img and hdr', 'nifti2', 'wrong gz', 'gz without suffix', 'float64']
+)
 def test_kinds_of_nifti(kind):
     array = np.round(np.random.default_rng(0).normal(100, 20, (6, 5, 4)))
     path = {'img and hdr': 'x.img', 'gz without suffix': 'x.nii', 'float64': 'x.nii.gz'}.get(kind, 'x.nii')
     header = nib.Nifti1Header(endianness='>') if kind == 'big-endian' else None
-    img = (nib.Nifti2Image if kind == 'nifti2' else nib.Nifti1Pair if kind == 'img and hdr' else nib.Nifti1Image)(array, OBLIQUE, header)
+    img = (nib.Nifti2Image if kind == 'nifti2' else nib.Nifti1Pair if kind == 'img and hdr' else nib.Nifti1Image)(
+        array, OBLIQUE, header
+    )
     if kind == 'int16 with slope':
         img.header.set_data_dtype(np.int16)
     nib.save(img, path)
@@ -231,9 +252,16 @@ def test_trailing_axes_of_length_1_are_dropped():
     assert read.shape == (6, 5, 4, 4) and read[1, 2, 3, 2] == np.arange(480.0).reshape(6, 5, 4, 4)[1, 2, 3, 2]
 
 
-@pytest.mark.parametrize('content, words', [
-    (b'', 'is empty'), (b'hello world', 'not NIfTI'), (bytes(128) + b'DICM' + bytes(300), 'dcm2niix'), (bytes(5000), 'not NIfTI'),
-    (b'\x1f\x8bxxxxxxxxxxxxxxxxxx', 'truncated or damaged')])
+@pytest.mark.parametrize(
+    'content, words',
+    [
+        (b'', 'is empty'),
+        (b'hello world', 'not NIfTI'),
+        (bytes(128) + b'DICM' + bytes(300), 'dcm2niix'),
+        (bytes(5000), 'not NIfTI'),
+        (b'\x1f\x8bxxxxxxxxxxxxxxxxxx', 'truncated or damaged'),
+    ],
+)
 def test_not_nifti(content, words):
     with open('x.nii.gz', 'wb') as file:
         file.write(content)
@@ -248,14 +276,23 @@ def test_truncated_anywhere(suffix):
     nib.save(nib.MGHImage(array, np.eye(4)) if suffix == '.mgz' else nib.Nifti1Image(array, np.eye(4)), f'x{suffix}')
     with open(f'x{suffix}', 'rb') as file:
         whole = file.read()
-    for part in (10, 200, 347, 360, len(whole) // 2, len(whole) - (9 if suffix != '.mgz' else 99)):  # .mgz ends in remarks
+    for part in (
+        10,
+        200,
+        347,
+        360,
+        len(whole) // 2,
+        len(whole) - (9 if suffix != '.mgz' else 99),
+    ):  # .mgz ends in remarks
         with open(f'x{suffix}', 'wb') as file:
             file.write(whole[:part])
         with pytest.raises(DataError, match='x[.].*(truncated|NIfTI|damaged|empty)'):
             volume.read_volume(f'x{suffix}')
 
 
-@pytest.mark.parametrize('dtype, words', [(np.complex64, 'complex'), ([('R', 'u1'), ('G', 'u1'), ('B', 'u1')], 'colours')])
+@pytest.mark.parametrize(
+    'dtype, words', [(np.complex64, 'complex'), ([('R', 'u1'), ('G', 'u1'), ('B', 'u1')], 'colours')]
+)
 def test_no_plain_numbers(dtype, words):
     nib.save(nib.Nifti1Image(np.ones((4, 4, 4), dtype), np.eye(4)), 'x.nii')
     with pytest.raises(DataError, match=words):
@@ -277,7 +314,9 @@ def test_frames_are_interpolated_in_time_never_cut():
         assert subject.source.shape[1] == frames
 
 
-@pytest.mark.parametrize('rule, units', [(('range', 0, 100), (0, 100)), (('median', 0, 3), (0, 3)), (('quantile', 0.01, 0.99), (0, 1))])
+@pytest.mark.parametrize(
+    'rule, units', [(('range', 0, 100), (0, 100)), (('median', 0, 3), (0, 3)), (('quantile', 0.01, 0.99), (0, 1))]
+)
 def test_scaling_and_its_inverse(rule, units):
     values = np.random.default_rng(0).gamma(9.0, 4.0, 5000).astype(np.float32)
     assert volume.scaling_range(rule) == units

@@ -1,0 +1,110 @@
+"""
+The page that plot.py writes: one self-contained HTML file, pictures inside, no script, nothing from a network. Knows no files of a run.
+"""
+
+import base64
+import html
+import math
+
+STYLE = """
+:root { color-scheme: light; }
+body { font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif; color: #1d2433; background: #fff;
+       max-width: 1180px; margin: 0 auto; padding: 1.5rem; }
+h1 { font-size: 1.6rem; margin: 0 0 .2rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; padding-bottom: .2rem; border-bottom: 2px solid #0072B2; }
+p, li { max-width: 62rem; }
+.lead { color: #4b5566; margin: 0 0 1rem; }
+.missing { background: #fff6e0; border-left: 4px solid #E69F00; padding: .5rem .9rem; }
+.missing ul { margin: .2rem 0; padding-left: 1.2rem; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .22rem .7rem; text-align: right; white-space: nowrap; }
+th:first-child, td:first-child, table.plain th, table.plain td { text-align: left; }
+table.plain td { white-space: normal; vertical-align: top; }
+thead th { border-bottom: 1.5px solid #1d2433; vertical-align: bottom; }
+tbody tr:nth-child(even) { background: #f4f6f9; }
+td.own { font-weight: 600; }
+small { color: #5b6577; font-weight: 400; }
+figure { margin: 1.2rem 0 2rem; }
+figure img { max-width: 100%; height: auto; border: 1px solid #e3e7ee; }
+figcaption { font-size: .88rem; color: #4b5566; max-width: 62rem; }
+code, pre { font-size: .84rem; background: #f4f6f9; }
+pre { padding: .6rem .8rem; overflow-x: auto; }
+summary { cursor: pointer; color: #0072B2; }
+"""
+
+
+def escape(value):
+    return html.escape(str(value))
+
+
+def short(value):
+    """Four significant digits, as in the printed summary; an empty figure is a dash."""
+    if value is None or not math.isfinite(value):
+        return '-'
+    digits = 0 if value == 0 else min(max(3 - math.floor(math.log10(abs(value))), 0), 4)
+    return f'{value:.{digits}f}'
+
+
+def summary_table(summary, models, labels):
+    """
+    test_summary.csv as HTML: a line for each metric, a column for each model, mean and 95 % interval.
+
+    models: '' for this model, then the baselines, with their names in `labels`. Each mean also stands in data-value as in the CSV.
+    """
+    head = ''.join(f'<th>{escape(labels[model])}</th>' for model in models)
+    lines = []
+    for _, row in summary.iterrows():
+        cells = []
+        for model in models:
+            prefix = f'{model}_' if model else ''
+            mean, low, high = (row[f'{prefix}{part}'] for part in ('mean', 'ci_low', 'ci_high'))
+            star = '*' if model and row.get(f'{model}_p_holm', math.nan) < 0.05 else ''
+            range_ = f' <small>{short(low)} to {short(high)}</small>' if math.isfinite(low) else ''
+            cells.append(f'<td{"" if model else " class=own"} data-value="{mean:.6g}">{short(mean)}{star}{range_}</td>')
+        lines.append(f'<tr><td>{escape(row["metric"])}</td><td>{int(row["n"])}</td>{"".join(cells)}</tr>')
+    return (f'<div class="scroll"><table id="summary"><thead><tr><th>metric</th><th>n</th>{head}</tr></thead>'
+            f'<tbody>{"".join(lines)}</tbody></table></div>')
+
+
+def table(frame, id=''):
+    """Any table as HTML, numbers as they stand in the CSV, empty ones as a dash."""
+    def cell(value):
+        if isinstance(value, float):
+            return f'{value:.6g}' if math.isfinite(value) else '-'
+        return escape(value)
+    head = ''.join(f'<th>{escape(name)}</th>' for name in frame)
+    body = ''.join('<tr>' + ''.join(f'<td>{cell(value)}</td>' for value in row) + '</tr>' for row in frame.itertuples(index=False))
+    return f'<div class="scroll"><table id="{id}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def pairs(rows, head=None):
+    """A plain table of text, for settings and facts."""
+    top = f'<thead><tr>{"".join(f"<th>{escape(name)}</th>" for name in head)}</tr></thead>' if head else ''
+    body = ''.join('<tr>' + ''.join(f'<td>{escape(value)}</td>' for value in row) + '</tr>' for row in rows)
+    return f'<div class="scroll"><table class="plain">{top}<tbody>{body}</tbody></table></div>'
+
+
+def figure(path, caption):
+    """A PNG inside the page."""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (f'<figure><img alt="{escape(path.stem)}" src="data:image/png;base64,{data}">'
+            f'<figcaption>{escape(caption)} <code>fig/{escape(path.name)}</code></figcaption></figure>')
+
+
+def details(title, body):
+    """Folded away until it is clicked."""
+    return f'<details><summary>{escape(title)}</summary>{body}</details>'
+
+
+def missing(lines):
+    """The box that says what is not there yet."""
+    return f'<div class="missing">Not there yet:<ul>{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul></div>' if lines else ''
+
+
+def page(title, lead, sections):
+    """The whole page; sections: (heading, HTML), left out where the HTML is empty."""
+    body = ''.join(f'<h2>{escape(heading)}</h2>{content}' if heading else content for heading, content in sections if content)
+    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>'
+            f'{body}</body></html>\n')

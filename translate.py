@@ -1,0 +1,165 @@
+"""
+From source to prediction: the trained networks of an experiment, loaded from its checkpoints, and the way through them.
+
+Part of infer.py: validation during training and batch inference both go through `translate`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import utils
+from diffusion import Diffusion, sample
+from model import AAE, PixelUNet, UNet, fingerprint
+
+
+@dataclass
+class Model:
+    """The networks of one experiment and what is needed to apply them. `detail` is None before stage 3 or without detail branch."""
+    aae: AAE
+    unet: UNet = None
+    diffusion: Diffusion = None
+    detail: PixelUNet = None
+    regression: PixelUNet = None
+    prep: dict = None        # dataset.Spec.travel(): task, geometry, scaling
+    mean_image: dict = None  # the training set's mean target
+    qc: dict = None          # what a good source looks like (quality.qc_fit)
+    stage: str = 'aae'       # aae, unet, post or regression
+    origin: str = ''         # which checkpoint, for people
+
+    def decode(self, z_0, source):
+        """Latents (B, c, *s) and source (B, C, *S) -> images (B, K, *S): D(z_0), plus R(source, D(z_0)) with a detail branch."""
+        pred = self.aae.decode(z_0)
+        return pred if self.detail is None else pred + self.detail(torch.cat([source, pred.to(source.dtype)], dim=1))
+
+    def eval(self):
+        for net in (self.aae, self.unet, self.detail, self.regression):
+            if net is not None:
+                net.eval()
+        return self
+
+
+@dataclass
+class Sampling:
+    """How to sample: the settings of infer.py of the same names."""
+    sampler: str = 'one_step'
+    num_steps: int = 50
+    samples: int = 1
+    guidance: float = 1.0
+    seed: int = 0
+    eval_batch: int = 32
+
+    @classmethod
+    def of(cls, cfg):
+        return cls(cfg.sampler, cfg.num_steps, cfg.samples, cfg.guidance, cfg.seed, cfg.eval_batch)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Checkpoint -> model
+
+def checkpoint_path(cfg, stage):
+    """The checkpoint of an earlier stage: in result/<exp>, or in result/<init_from> where this experiment has none."""
+    own = Path('result') / cfg.exp / f'{utils.BEST[stage]}.pth.tar'
+    return Path('result') / cfg.init_from / own.name if cfg.init_from and not own.exists() else own
+
+
+def load_aae(cfg, run):
+    """The autoencoder of stage 1 -> (Model with only the aae, its checkpoint)."""
+    data = utils.load_checkpoint(checkpoint_path(cfg, 'aae'), 'aae')
+    aae = AAE(**data['args'])
+    utils.load_weights(aae, data['net'], checkpoint_path(cfg, 'aae'))
+    model = Model(run.place(aae).eval().requires_grad_(False), prep=data['prep'], mean_image=data['mean_image'])
+    model.origin = f"{utils.BEST['aae']} at step {data['step']}"
+    return model, data
+
+
+def load_model(cfg, run, stage='auto'):
+    """The model of a stage: 'post', 'unet', 'regression', 'aae', or 'auto' (post if there, else unet). EMA weights.
+
+    RunError if a checkpoint is missing or belongs to another autoencoder.
+    """
+    if stage == 'auto':
+        stage = 'post' if checkpoint_path(cfg, 'post').exists() else 'unet'
+    model, aae = load_aae(cfg, run)
+    if stage == 'aae':
+        return model
+    path = checkpoint_path(cfg, stage)
+    data = utils.load_checkpoint(path, stage)
+    if data.get('aae') not in (None, fingerprint(model.aae)):
+        raise utils.RunError(f"{path} was trained on another autoencoder (fingerprint {data['aae']}) than {checkpoint_path(cfg, 'aae')} holds "
+                             f'({fingerprint(model.aae)}); run train_unet.py --restart, then post_train.py --restart')
+    model.stage, model.qc = stage, data.get('qc')
+    model.origin, model.prep = f"{utils.BEST[stage]} (EMA weights) at step {data['step']}", data['prep']
+    if stage == 'regression':
+        model.regression = run.place(PixelUNet(**data['args']))
+        utils.load_weights(model.regression, data['net'], path)
+        return model.eval()
+    model.unet, model.diffusion = run.place(UNet(**data['args'])), Diffusion(**data['diffusion']).to(run.device)
+    utils.load_weights(model.unet, data['net'], path)
+    if data.get('decoder'):
+        utils.load_weights(model.aae.decoder, data['decoder'], path)
+    if data.get('detail'):
+        model.detail = run.place(PixelUNet(**data['detail_args']))
+        utils.load_weights(model.detail, data['detail'], path)
+    return model.eval()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Source -> prediction
+
+def starting_noise(key, shape, k, device):
+    """A function drawing noise (1, c, *s) for the k-th sample of a subject, keyed by seed and subject, not by batch or process."""
+    generator = torch.Generator().manual_seed(utils.seed_key('noise', *key, k))
+    return lambda: torch.randn((1, *shape), generator=generator).to(device)
+
+
+@torch.no_grad()
+def translate(run, model, source, key, how, label=None):
+    """Translate the items of one subject: source (N, C, *S) -> pred (N, K, *S), std (N, K, *S) or None, float32 arrays in [-1, 1] scaling.
+
+    All slices start from the same noise, keyed by `key` = subject ID. how.samples latents are averaged before decoding; std is over the
+    decoded samples. label: class number, or None for unknown. ValueError if one_step is asked of an eps network.
+    """
+    preds, stds = [], []
+    for chunk in torch.from_numpy(np.ascontiguousarray(source)).split(how.eval_batch):
+        chunk = chunk.to(run.device)
+        with run.autocast():
+            if model.regression is not None:
+                preds.append(model.regression(chunk).float().cpu())
+                continue
+            latents = [_sample_latents(model, chunk, key, k, how, label) for k in range(how.samples)]
+            preds.append(model.decode(torch.stack(latents).mean(0), chunk).float().cpu())
+            if how.samples > 1:
+                stds.append(torch.stack([model.decode(z, chunk).float() for z in latents]).std(0).cpu())
+    return torch.cat(preds).numpy(), torch.cat(stds).numpy() if stds else None
+
+
+def _sample_latents(model, source, key, k, how, label):
+    """One latent for each item of a batch of slices (or volumes) of the same subject."""
+    n, unet = len(source), model.unet
+    shape = (model.aae.args['latent_channels'], *[s // model.aae.factor for s in source.shape[2:]])
+    draw = starting_noise((how.seed, key), shape, k, source.device)
+    cond = unet.encode_source(source)
+    labels = None if label is None else torch.full((n,), label, device=source.device)
+
+    def net(z_t, t):
+        out = unet(z_t, t, cond=cond, label=labels).float()
+        if how.guidance != 1 and labels is not None:
+            unknown = unet(z_t, t, cond=cond).float()
+            out = unknown + how.guidance * (out - unknown)
+        return out
+
+    def noise(z):
+        return draw().expand_as(z)
+
+    z_T = draw().expand(n, *shape)
+    return sample(model.diffusion, net, z_T, how.sampler, how.num_steps, noise)
+
+
+def mean_prediction(mean_image, subject):
+    """The training set's mean image laid onto a subject, slices matched by their distance from the brain's middle one."""
+    rows = np.flatnonzero(subject.mask.reshape(len(subject.mask), -1).any(1))
+    image, offset = mean_image['image'].numpy(), mean_image['centre'] - int(rows[0] + rows[-1]) // 2
+    return image[np.clip(np.arange(len(subject.mask)) + offset, 0, len(image) - 1)]
