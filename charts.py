@@ -1,5 +1,5 @@
 """
-Tables as diagrams for plot.py: training curves, scatter, figures with their intervals, calibration. Knows no files and no settings.
+Tables as diagrams for plot.py: training curves, scatter, figures with their intervals, calibration. Knows no files.
 """
 
 import matplotlib
@@ -9,27 +9,20 @@ matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
 # Colours of Okabe and Ito, told apart by colour-blind readers; each model has a marker, too.
-LOOKS = {'': ('#0072B2', 'o'), 'unet': ('#E69F00', 's'), 'regression': ('#009E73', 'D'), 'aae': ('#7F7F7F', '^'), 'mean': ('#CC79A7', 'v')}
-NAMES = {'': 'this model', 'unet': 'stage 2, before post-training', 'regression': 'regression U-Net', 'aae': 'AAE of the truth (ceiling)',
-         'mean': 'mean training image'}
-STAGES = {'aae': 'stage 1: autoencoder', 'unet': 'stage 2: latent U-Net', 'post': 'stage 3: post-training', 'regression': 'regression U-Net'}
-CURVES = {'psnr': 'PSNR (dB)', 'ssim': 'SSIM', 'mae': 'MAE (scaled 0 to 1)', 'lesion_mae': 'lesion MAE (scaled 0 to 1)'}
+LOOKS = {'': ('#0072B2', 'o'), 'unet': ('#E69F00', 's'), 'regression': ('#009E73', 'D'), 'aae': ('#7F7F7F', '^'),
+         'mean': ('#CC79A7', 'v')}
+NAMES = {'': 'this model', 'unet': 'stage 2, before post-training', 'regression': 'regression U-Net',
+         'aae': 'AAE of the truth (ceiling)', 'mean': 'mean training image'}
+STAGES = {'aae': 'stage 1: autoencoder', 'unet': 'stage 2: latent U-Net', 'post': 'stage 3: post-training',
+          'regression': 'regression U-Net'}
 COLOURS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#7F7F7F']
 POSITIVE, NEGATIVE = '#D55E00', '#0072B2'
-
-
-def name_of(model):
-    return NAMES.get(model, model)
-
-
-def look_of(model):
-    return LOOKS.get(model, ('black', 'x'))
 
 
 def _save(figure, path, dpi):
     for ax in figure.axes:
         ax.spines[['top', 'right']].set_visible(False)
-        ax.tick_params(labelsize=8)
+        ax.tick_params(which='both', labelsize=8)
     figure.savefig(path, dpi=dpi, facecolor='white')
     plt.close(figure)
 
@@ -37,17 +30,20 @@ def _save(figure, path, dpi):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
-def draw_curves(path, losses, validations, best, dpi=110):
+def draw_curves(path, losses, validations, best, region='lesion', dpi=110):
     """
     A row for each stage: its loss terms, then each validation figure.
 
-    losses, validations: stage -> table as the training writes them; best: stage -> step of the checkpoint that is used.
+    losses, validations: stage -> table as the training writes them; best: stage -> step of the checkpoint that is used;
+    region: what lesion_mae is taken over.
     """
     stages = [stage for stage in STAGES if stage in losses or stage in validations]
-    figures = [name for name in CURVES if any(name in table for table in validations.values())]
-    shape = len(stages), 1 + len(figures)
-    figure, axes = plt.subplots(*shape, figsize=(2.9 * shape[1], 2.3 * shape[0] + 0.3), squeeze=False, layout='constrained')
-    figure.suptitle('Training loss (thin: each step; thick: running mean) and validation; a ring marks the checkpoint in use', fontsize=11)
+    labels = {'psnr': 'PSNR (dB)', 'ssim': 'SSIM', 'lesion_mae': f'{region} MAE (0 to 1)', 'mae': 'MAE (0 to 1)'}
+    figures = [name for name in labels if any(name in table for table in validations.values())][:3]
+    size = (3.3 * (1 + len(figures)) + 0.3, 2.4 * len(stages) + 0.4)
+    figure, axes = plt.subplots(len(stages), 1 + len(figures), figsize=size, squeeze=False, layout='constrained')
+    figure.suptitle('Training loss (thin: each step, thick: running mean) and validation'
+                    + (' (ring: the checkpoint in use)' if best else ''), fontsize=11)
     for row, stage in zip(axes, stages, strict=True):
         row[0].set_ylabel(f'{STAGES[stage]}\n\nloss terms', fontsize=9)
         if stage in losses:
@@ -59,8 +55,8 @@ def draw_curves(path, losses, validations, best, dpi=110):
                 continue
             ax.plot(table['step'], table[name], '-o', color='#0072B2', markersize=3.5)
             used = table[table['step'] == best.get(stage)]
-            ax.plot(used['step'], used[name], 'o', color='#D55E00', markersize=10, fillstyle='none', markeredgewidth=1.6)
-            ax.set_ylabel(f'validation {CURVES[name]}', fontsize=8.5)
+            ax.plot(used['step'], used[name], 'o', color='#D55E00', markersize=10, fillstyle='none', mew=1.6)
+            ax.set_ylabel(f'validation {labels[name]}', fontsize=8.5)
     for ax in axes.flat:
         ax.set_xlabel('step', fontsize=8.5)
         ax.grid(alpha=0.25)
@@ -84,39 +80,39 @@ def _draw_losses(ax, table):
 # ----------------------------------------------------------------------------------------------------------------------
 # Test subjects
 
-def draw_metrics(path, summary, models, panels, title, dpi=110):
+def draw_metrics(path, summary, models, panels, dpi=110):
     """
     Mean and 95 % interval of each figure, a line for each model.
 
-    summary: test_summary.csv indexed by metric; models: '' (this model) and the baselines; panels: (metric, label, better), better
-    'higher', 'lower' or '' (nearest to zero).
+    summary: test_summary.csv indexed by metric; models: '' (this model) and the baselines; panels: (metric, label,
+    better), better 'higher', 'lower' or '' (nearest to zero).
     """
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     size = (3.1 * columns + 1.6, (0.55 + 0.24 * len(models)) * rows + 0.9)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained', sharey=True)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle('Test subjects: mean and bootstrap 95 % interval; * differs from this model (p < 0.05, Holm)',
+                    fontsize=11)
     places = np.arange(len(models))[::-1]
     for ax, panel in zip(axes.flat, panels, strict=False):
         metric, label, better = panel
         line = summary.loc[metric]
         for place, model in zip(places, models, strict=True):
-            prefix, (colour, marker) = f'{model}_' if model else '', look_of(model)
+            prefix, (colour, marker) = f'{model}_' if model else '', LOOKS.get(model, ('black', 'x'))
             mean, low, high = (line[f'{prefix}{part}'] for part in ('mean', 'ci_low', 'ci_high'))
             ax.plot([low, high], [place, place], color=colour, linewidth=2.2, solid_capstyle='butt')
             ax.plot(mean, place, marker, color=colour, markersize=7, markeredgecolor='white', markeredgewidth=0.6)
-            differs = model and line.get(f'{model}_p_holm', np.nan) < 0.05
-            if differs:
-                ax.text(1.0, place, '*', transform=ax.get_yaxis_transform(), ha='right', va='center', fontsize=12, color=colour)
+            if model and line.get(f'{model}_p_holm', np.nan) < 0.05:
+                ax.text(1, place - 0.12, '*', transform=ax.get_yaxis_transform(), ha='right', va='center', fontsize=13)
         if metric == 'lesion_dice' and 'lesion_dice_ceiling' in summary.index:
             ax.axvline(summary.loc['lesion_dice_ceiling', 'mean'], color='black', linestyle=':', linewidth=1)
             label += '\n(dotted: rule on the real images)'
         if not better:
             ax.axvline(0, color='black', linewidth=0.7)
         hint = {'higher': r'$\rightarrow$ better', 'lower': r'$\leftarrow$ better', '': '0 is best'}[better]
-        ax.set_title(f'{label}', fontsize=9, loc='left')
+        ax.set_title(label, fontsize=9, loc='left')
         ax.set_xlabel(f'{hint}, n = {int(line["n"])}', fontsize=8)
-        ax.set_yticks(places, [name_of(model) for model in models], fontsize=8.5)
+        ax.set_yticks(places, [NAMES.get(model, model) for model in models], fontsize=8.5)
         ax.set_ylim(-0.6, len(models) - 0.4)
         ax.margins(x=0.12)
         ax.grid(axis='x', alpha=0.25)
@@ -129,15 +125,17 @@ def draw_stroke_scatter(path, facts, dpi=110):
     """
     Lesion volume and lesion ADC, synthetic against true.
 
-    facts: table with the columns true_ml, pred_ml, rule_ml (ml: of the mask, by the rule on the synthetic and on the real images),
-    true_adc and pred_adc (mean in the true lesion, nan without one).
+    facts: table with the columns true_ml, pred_ml, rule_ml (the lesion; by the rule on the synthetic and on the real
+    images), true_adc and pred_adc (mean in the true lesion, nan without one).
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.9), layout='constrained')
+    figure, axes = plt.subplots(1, 2, figsize=(10.6, 5.3), layout='constrained')
     ax = axes[0]
     top = max(facts[['true_ml', 'pred_ml', 'rule_ml']].max().max() * 1.6, 1)
     ax.plot([0, top], [0, top], color='0.5', linewidth=0.9, zorder=1)
-    ax.plot(facts['true_ml'], facts['rule_ml'], 'o', color='0.55', fillstyle='none', markersize=7, label='rule on the real images (ceiling)')
-    ax.plot(facts['true_ml'], facts['pred_ml'], 'o', color='#0072B2', alpha=0.8, markersize=7, label='rule on the synthetic images')
+    ax.plot(facts['true_ml'], facts['rule_ml'], 'o', color='0.45', fillstyle='none', markersize=8,
+            label='rule on the real images (ceiling)')
+    ax.plot(facts['true_ml'], facts['pred_ml'], 'o', color='#0072B2', alpha=0.8, markersize=6,
+            label='rule on the synthetic images')
     for set_scale, set_limits in ((ax.set_xscale, ax.set_xlim), (ax.set_yscale, ax.set_ylim)):
         set_scale('symlog', linthresh=0.1, linscale=0.4)
         set_limits(-0.04, top)
@@ -153,8 +151,8 @@ def draw_stroke_scatter(path, facts, dpi=110):
         ax.plot([low, high], [low, high], color='0.5', linewidth=0.9, zorder=1)
         ax.plot(known['true_adc'], known['pred_adc'], 'o', color='#0072B2', alpha=0.8, markersize=7)
         ax.set(xlim=(low, high), ylim=(low, high))
-    bias = (known['pred_adc'] - known['true_adc']).mean()
-    ax.set_title(f'Mean ADC in the true lesion, n = {len(known)}' + (f', bias {bias:+.0f}' if len(known) else ''), fontsize=10)
+    bias = f', bias {round((known["pred_adc"] - known["true_adc"]).mean()):+d}' if len(known) else ''
+    ax.set_title(f'Mean ADC in the true lesion, n = {len(known)}{bias}', fontsize=10)
     ax.set(xlabel=r'true ADC ($10^{-6}$ mm$^2$/s)', ylabel=r'synthetic ADC ($10^{-6}$ mm$^2$/s)')
     _finish_scatter(figure, axes, path, dpi)
 
@@ -165,7 +163,7 @@ def draw_amyloid_scatter(path, table, threshold, fitted, dpi=110):
 
     table: suvr_true, suvr_pred; threshold: of the true PET; fitted: of the synthetic one, or None if it is not known.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4.9), layout='constrained')
+    figure, axes = plt.subplots(1, 2, figsize=(10.6, 5.3), layout='constrained')
     values = table[['suvr_true', 'suvr_pred']].to_numpy()
     low, high = values.min() - 0.05, values.max() + 0.05
     axes[0].plot([low, high], [low, high], color='0.5', linewidth=0.9)
@@ -176,22 +174,24 @@ def draw_amyloid_scatter(path, table, threshold, fitted, dpi=110):
         for ax, y in zip(axes, (table['suvr_pred'], difference), strict=True):
             ax.plot(table['suvr_true'][chosen], y[chosen], marker, color=colour, alpha=0.8, markersize=7, label=text)
     for ax in axes:
-        ax.axvline(threshold, color='black', linestyle='--', linewidth=1, label=f'threshold of the true PET, {threshold:g}')
+        ax.axvline(threshold, color='black', linestyle='--', linewidth=1,
+                   label=f'threshold of the true PET, {threshold:g}')
         ax.set_xlabel('true SUVR, cortical composite')
     if fitted is not None:
-        axes[0].axhline(fitted, color='black', linestyle=':', linewidth=1.2, label=f'threshold fitted on training + validation, {fitted:.3f}')
+        axes[0].axhline(fitted, color='black', linestyle=':', linewidth=1.4,
+                        label=f'threshold fitted on training + validation, {fitted:.3f}')
     axes[1].axhline(0, color='0.5', linewidth=0.9)
-    axes[1].axhline(difference.mean(), color='#009E73', linewidth=1.2, label=f'mean {difference.mean():+.3f}')
+    axes[1].axhline(difference.mean(), color='#009E73', linewidth=1.2, label=f'mean {difference.mean():+.2g}')
     spread = difference.std()
     if np.isfinite(spread):
-        axes[1].axhspan(difference.mean() - 1.96 * spread, difference.mean() + 1.96 * spread, color='#009E73', alpha=0.1, linewidth=0,
-                        label=r'mean $\pm$ 1.96 SD')
+        edges = difference.mean() - 1.96 * spread, difference.mean() + 1.96 * spread
+        axes[1].axhspan(*edges, color='#009E73', alpha=0.1, linewidth=0, label=r'mean $\pm$ 1.96 SD')
     axes[0].set(ylabel='synthetic SUVR', xlim=(low, high), ylim=(low, high))
     axes[1].set(ylabel='synthetic - true SUVR')
     varies = len(table) > 2 and values.std(axis=0).min() > 0
     note = f', r = {np.corrcoef(values.T)[0, 1]:.2f}' if varies else ''
     axes[0].set_title(f'SUVR, n = {len(table)}{note}', fontsize=10)
-    axes[1].set_title(f'Difference, mean |difference| {difference.abs().mean():.3f}', fontsize=10)
+    axes[1].set_title(f'Difference, mean |difference| {difference.abs().mean():.2g}', fontsize=10)
     for ax in axes:
         ax.legend(fontsize=7.5)
     _finish_scatter(figure, axes, path, dpi)
@@ -208,14 +208,15 @@ def draw_calibration(path, targets, dpi=110):
     """
     Nominal against empirical coverage, one diagram for each target.
 
-    targets: target -> {series name: list of (nominal, mean, low, high)}, shares 0..1, low and high the range over subjects.
+    targets: target -> {series name: list of (nominal, mean, low, high)}, shares 0..1, low and high of the subjects.
     """
-    figure, axes = plt.subplots(1, len(targets), figsize=(4.4 * len(targets) + 0.3, 4.7), squeeze=False, layout='constrained')
+    size = (4.6 * len(targets) + 0.3, 5.2)
+    figure, axes = plt.subplots(1, len(targets), figsize=size, squeeze=False, layout='constrained')
     for ax, (target, series) in zip(axes.flat, targets.items(), strict=True):
         ax.plot([0, 1], [0, 1], color='0.5', linewidth=0.9)
         for (name, points), colour, marker in zip(series.items(), ('#0072B2', '#E69F00'), 'os', strict=False):
             x, mean, low, high = np.array(points).T
-            ax.errorbar(x, mean, [mean - low, high - mean], color=colour, marker=marker, capsize=3, label=name, linewidth=1.2)
+            ax.errorbar(x, mean, [mean - low, high - mean], color=colour, marker=marker, capsize=3, label=name)
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel='nominal coverage', ylabel='share of brain voxels covered')
         ax.set_title(f'{target.upper()}: voxels inside their interval', fontsize=10)
         ax.grid(alpha=0.25)

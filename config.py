@@ -44,7 +44,7 @@ shift = 2                        # augmentation: shifts by up to this many voxel
 workers = 0                      # loading processes; 0 reads the memory-mapped cache in the training process
 
 # Networks
-latent_channels = 8              # channels of the latent, a quarter of the image size along each axis
+latent_channels = 20             # channels of the latent, a quarter of the image size along each axis
 normalise_latents = True         # latents to mean 0, std 1 per channel over the training set
 aae_channels = (32, 64, 96)      # widths at full, half and quarter resolution
 aae_blocks = 1                   # residual blocks a level
@@ -52,7 +52,7 @@ disc_channels = (32, 64)         # widths of the patch discriminator
 unet_channels = (64, 128)        # widths of the latent U-Net, one a level
 unet_blocks = 1                  # residual blocks a level
 unet_attention = (1,)            # levels with self-attention, 0 the finest (always in the middle)
-cond_channels = 64               # channels of the encoded source
+cond_channels = 96               # channels of the encoded source
 cond_width = 32                  # first width of the source encoder
 dropout = 0.0                    # in the middle of the U-Net
 detail_branch = True             # stage 3: add R(source, D(z_0_hat)), a U-Net on the image grid
@@ -74,7 +74,7 @@ post_steps = 600                 # of stage 3
 batch_size = 32                  # samples a step and process; lower it when memory runs out
 accumulate = 1                   # gradient accumulation: steps of batch_size / accumulate samples at a time
 lr = 1e-3                        # peak learning rate of stage 2 (warm-up, then cosine to 1 %)
-aae_lr = 2e-3                    # of stage 1 (the discriminator: a quarter)
+aae_lr = 1e-3                    # of stage 1 (the discriminator: a quarter)
 post_lr = 5e-4                   # of stage 3
 warmup = 50                      # steps of linear warm-up
 grad_clip = 1.0                  # largest norm of the gradient

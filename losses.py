@@ -3,13 +3,16 @@ Losses, each returning one value per sample (B,), so that a non-finite one can b
 Images are (B, K, *S) in [-1, 1], masks (B, 1, *S) in {0, 1}. Denominators are clamped: an empty region gives 0, never 0/0.
 """
 
-
 import torch.nn.functional as F
 
 
-def l1(pred, target):
-    """Mean absolute error over channels and field of view."""
-    return (pred - target).abs().flatten(1).mean(1)
+def reconstruction_l1(pred, target, mask, outside=0.05):
+    """Mean absolute error over channels and voxels, those outside the mask with weight `outside`.
+
+    A plain mean lets the background, half of the image and right from the start, decide the sign gradients: it learns nothing here.
+    """
+    weight = outside + (1 - outside) * mask
+    return ((pred - target).abs() * weight).flatten(1).sum(1) / (pred.shape[1] * weight.flatten(1).sum(1))
 
 
 def hinge_discriminator(real_score, fake_score):

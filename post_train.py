@@ -19,6 +19,7 @@ import metrics
 import utils
 from infer import Model, Sampling, load_model, translate, validate
 from model import PixelUNet, count_parameters, fingerprint
+from stage import Stage
 
 TERMS = ['loss', 'diffusion', 'image', 'lesion', 'grad_norm']
 FIXED = ('seed', 'batch_size', 'post_lr', 'ema', 'flip', 'shift', 'label_drop', 'post_loss', 'lambda_t', 'w_diffusion', 'w_image', 'w_lesion', 'post_last_step_share',
@@ -54,7 +55,7 @@ def main():
     if spec.lesion is None and cfg.w_lesion:
         raise config.SettingError('post-training with w_lesion above 0 needs the lesion template; set lesion, or --w_lesion 0')
     encoder_of = fingerprint(model.aae)
-    stage = utils.Stage(run, cfg, 'post', FIXED, lists=utils.seed_key(train_ids, validation_ids), unet=fingerprint(model.unet))
+    stage = Stage(run, cfg, 'post', FIXED, lists=utils.seed_key(train_ids, validation_ids), unet=fingerprint(model.unet))
     with stage.main_first():
         labels = dataset.read_labels(cfg.data_info, train_ids, spec.num_classes) if spec.num_classes else None  # never those of other splits
         cohort = dataset.Cohort(spec, train_ids, labels)

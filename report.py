@@ -1,5 +1,5 @@
 """
-The page that plot.py writes: one self-contained HTML file, pictures inside, no script, nothing from a network. Knows no files of a run.
+The page that plot.py writes: one self-contained HTML file, pictures inside, no script, nothing from a network.
 """
 
 import base64
@@ -8,8 +8,8 @@ import math
 
 STYLE = """
 :root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif; color: #1d2433; background: #fff;
-       max-width: 1180px; margin: 0 auto; padding: 1.5rem; }
+body { font: 15px/1.5 system-ui, -apple-system, 'Segoe UI', 'Liberation Sans', Arial, sans-serif; color: #1d2433;
+       background: #fff; max-width: 1180px; margin: 0 auto; padding: 1.5rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .2rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; padding-bottom: .2rem; border-bottom: 2px solid #0072B2; }
 p, li { max-width: 62rem; }
@@ -20,7 +20,7 @@ p, li { max-width: 62rem; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .7rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child, table.plain th, table.plain td { text-align: left; }
-table.plain td { white-space: normal; vertical-align: top; }
+table.plain th, table.plain td { white-space: normal; vertical-align: top; }
 thead th { border-bottom: 1.5px solid #1d2433; vertical-align: bottom; }
 tbody tr:nth-child(even) { background: #f4f6f9; }
 td.own { font-weight: 600; }
@@ -50,7 +50,7 @@ def summary_table(summary, models, labels):
     """
     test_summary.csv as HTML: a line for each metric, a column for each model, mean and 95 % interval.
 
-    models: '' for this model, then the baselines, with their names in `labels`. Each mean also stands in data-value as in the CSV.
+    models: '' for this model, then the baselines, named in `labels`. data-value holds each mean as in the CSV.
     """
     head = ''.join(f'<th>{escape(labels[model])}</th>' for model in models)
     lines = []
@@ -67,6 +67,23 @@ def summary_table(summary, models, labels):
             f'<tbody>{"".join(lines)}</tbody></table></div>')
 
 
+def status_table(frame, limit):
+    """test_status.csv as HTML: how well each score tells amyloid positive (true SUVR above `limit`) from negative."""
+    names = {'synthetic': 'SUVR of the synthetic PET', 'mri_volumes': 'ventricle and grey-matter volume of the MRI'}
+    rows = []
+    for line in frame.to_dict('records'):
+        ranges = [f'{short(line.get(name))} ({short(line.get(f"{name}_ci_low"))} to {short(line.get(f"{name}_ci_high"))})'
+                  for name in ('auc', 'balanced_accuracy')]
+        plain = [short(line.get(name)) for name in ('threshold', 'sensitivity', 'specificity')]
+        sizes = [' / '.join(f'{line.get(f"{part}_{sign}", math.nan):.0f}' for sign in ('negative', 'positive'))
+                 for part in ('n', 'fit')]
+        rows.append((names.get(line['score'], line['score']), *ranges, *plain, *sizes))
+    head = ('score', 'AUC (95 % CI)', 'balanced accuracy (95 % CI)', 'threshold', 'sensitivity', 'specificity',
+            'test subjects, negative / positive', 'fitted on, negative / positive')
+    return pairs(rows, head) + note(f'Positive: SUVR of the true PET above {limit:g}. The threshold of a score is fitted '
+                                    'on training + validation subjects.')
+
+
 def table(frame, id=''):
     """Any table as HTML, numbers as they stand in the CSV, empty ones as a dash."""
     def cell(value):
@@ -74,7 +91,8 @@ def table(frame, id=''):
             return f'{value:.6g}' if math.isfinite(value) else '-'
         return escape(value)
     head = ''.join(f'<th>{escape(name)}</th>' for name in frame)
-    body = ''.join('<tr>' + ''.join(f'<td>{cell(value)}</td>' for value in row) + '</tr>' for row in frame.itertuples(index=False))
+    rows = frame.itertuples(index=False)
+    body = ''.join('<tr>' + ''.join(f'<td>{cell(value)}</td>' for value in row) + '</tr>' for row in rows)
     return f'<div class="scroll"><table id="{id}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
@@ -97,14 +115,27 @@ def details(title, body):
     return f'<details><summary>{escape(title)}</summary>{body}</details>'
 
 
-def missing(lines):
-    """The box that says what is not there yet."""
-    return f'<div class="missing">Not there yet:<ul>{"".join(f"<li>{escape(line)}</li>" for line in lines)}</ul></div>' if lines else ''
+def note(text):
+    """Small print below a table."""
+    return f'<p><small>{escape(text)}</small></p>'
+
+
+def lines(text):
+    """Text as it is, line by line."""
+    return f'<pre>{escape(text)}</pre>'
+
+
+def missing(items):
+    """The box that says what is not there yet, or cannot be shown."""
+    points = ''.join(f'<li>{escape(item)}</li>' for item in items)
+    return f'<div class="missing">Not there, or not readable:<ul>{points}</ul></div>' if items else ''
 
 
 def page(title, lead, sections):
     """The whole page; sections: (heading, HTML), left out where the HTML is empty."""
-    body = ''.join(f'<h2>{escape(heading)}</h2>{content}' if heading else content for heading, content in sections if content)
-    return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<title>{escape(title)}</title><style>{STYLE}</style></head><body><h1>{escape(title)}</h1><p class="lead">{escape(lead)}</p>'
-            f'{body}</body></html>\n')
+    parts = [(f'<h2>{escape(heading)}</h2>\n' if heading else '') + content for heading, content in sections if content]
+    body = '\n'.join(parts)
+    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
+            f'<style>{STYLE}</style></head>\n<body><h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n'
+            f'{body}\n</body></html>\n')

@@ -50,7 +50,8 @@ def find_file(template, root, id):
                             f'make the template in config.py more precise.')
         if found:
             return found[0]
-    raise MissingFile(f'{_plain(pattern)} is missing{" (as .nii and .nii.gz)" if _other_suffix(pattern) else ""}; add it, '
+    either = ' (as .nii and .nii.gz)' if _other_suffix(pattern) else ''
+    raise MissingFile(f'{_plain(pattern)} is missing{either}; add it, '
                       f'correct the template or data_root in config.py, or take the subject off its list.')
 
 

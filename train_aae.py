@@ -6,8 +6,8 @@ python train_aae.py --batch_size 16        the same with one setting changed
 torchrun --nproc_per_node=4 train_aae.py   several GPUs; run any of these again to resume, --restart begins anew
 """
 
-from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -17,6 +17,7 @@ import losses
 import metrics
 import utils
 from model import AAE, Discriminator, count_parameters
+from stage import Stage
 
 TERMS = ['loss', 'l1', 'adversarial', 'discriminator', 'grad_norm']
 FIXED = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'scaling', 'unit_scale', 'latent_channels', 'normalise_latents', 'aae_channels', 'aae_blocks',
@@ -62,14 +63,14 @@ def mean_image(cohort):
 
     Slices of different subjects are matched by their distance from the middle one. A baseline that every model must beat.
     """
-    parts = [cohort.subject_items(j)['target'] for j in range(len(cohort.ids))]
-    centre = max((len(p) - 1) // 2 for p in parts)
-    total = torch.zeros(centre + max(len(p) - (len(p) - 1) // 2 for p in parts), *parts[0][0].shape)
+    lengths = np.diff([0, *cohort.ends])
+    centre = int(max((n - 1) // 2 for n in lengths))
+    total = torch.zeros(centre + int(max(n - (n - 1) // 2 for n in lengths)), cohort.target_channels, *cohort.size)
     count = torch.zeros(len(total))
-    for p in parts:
-        first = centre - (len(p) - 1) // 2
-        total[first:first + len(p)] += p
-        count[first:first + len(p)] += 1
+    for j, n in enumerate(lengths):
+        first = centre - (n - 1) // 2
+        total[first:first + n] += cohort.subject_items(j)['target']
+        count[first:first + n] += 1
     return dict(image=total / count.clamp(min=1).view(-1, *[1] * (total.ndim - 1)), centre=centre)
 
 
@@ -78,13 +79,15 @@ def main():
     run = utils.Run(cfg.device, cfg.precision)
     spec = dataset.Spec.from_settings(cfg)
     train_ids, validation_ids = (dataset.read_split(cfg.data_info, split) for split in ('train', 'validation'))
-    stage = utils.Stage(run, cfg, 'aae', FIXED, lists=utils.seed_key(train_ids, validation_ids))
+    stage = Stage(run, cfg, 'aae', FIXED, lists=utils.seed_key(train_ids, validation_ids))
     with stage.main_first():
         cohort = dataset.Cohort(spec, train_ids)
 
     utils.seed_everything(cfg.seed, 'aae weights')
     aae = run.place(AAE(cfg.spatial_dims, len(cfg.targets), cfg.latent_channels, cfg.aae_channels, cfg.aae_blocks))
     disc = run.place(Discriminator(cfg.spatial_dims, len(cfg.targets), cfg.disc_channels))
+    some = np.linspace(0, len(cohort) - 1, min(256, len(cohort))).astype(int)
+    aae.start_from_blocks(cohort.__getitems__(some)['target'].to(run.device))
     opt, disc_opt, ema = utils.adam(aae.parameters()), utils.adam(disc.parameters()), utils.EMA(aae, cfg.ema)
     stage.describe(f'autoencoder {count_parameters(aae):,} parameters, discriminator {count_parameters(disc):,}, {len(train_ids)} training subjects, '
                    f'{len(cohort)} samples, effective batch {cfg.batch_size * run.world}')
@@ -113,10 +116,11 @@ def main():
         utils.set_lr(opt, lr)
         utils.set_lr(disc_opt, lr / 4)
         terms = dict(l1=[], adversarial=[], discriminator=[])
-        for real in batch['target'].chunk(cfg.accumulate):
+        for real, mask in zip(batch['target'].chunk(cfg.accumulate), batch['mask'].chunk(cfg.accumulate), strict=True):
             with run.autocast():
                 fake = aae(real)
-            l1, adversarial, discriminator = losses.l1(fake.float(), real), fake.new_zeros(len(real)), fake.new_zeros(len(real))
+            l1 = losses.reconstruction_l1(fake.float(), real, mask)
+            adversarial = discriminator = torch.zeros_like(l1)
             if cfg.w_adversarial > 0:
                 # The generator's loss goes through the undetached fake and a frozen discriminator ...
                 if weight > 0:

@@ -17,6 +17,7 @@ import utils
 from diffusion import Diffusion
 from infer import Model, Sampling, fit_quality, load_aae, translate, validate
 from model import PixelUNet, UNet, count_parameters, fingerprint
+from stage import Stage
 
 DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'frames', 'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'ema', 'seed', 'batch_size', 'lr')
 FIXED = DATA + ('unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout', 'predict', 'schedule', 'timesteps', 'loss_weight',
@@ -27,7 +28,7 @@ FIXED_REGRESSION = DATA + ('regression_channels', 'w_image', 'w_lesion')
 def train_diffusion(cfg, run, spec, train_ids, validation_ids):
     """The conditional U-Net: denoise normalised latents, given the source and (sometimes) the label."""
     model, aae = load_aae(cfg, run)
-    stage = utils.Stage(run, cfg, 'unet', FIXED, lists=utils.seed_key(train_ids, validation_ids), aae=fingerprint(model.aae))
+    stage = Stage(run, cfg, 'unet', FIXED, lists=utils.seed_key(train_ids, validation_ids), aae=fingerprint(model.aae))
     with stage.main_first():
         labels = dataset.read_labels(cfg.data_info, train_ids, spec.num_classes) if spec.num_classes else None  # never those of other splits
         cohort = dataset.Cohort(spec, train_ids, labels)
@@ -79,7 +80,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
 
 def train_regression(cfg, run, spec, train_ids, validation_ids):
     """The baseline: PixelUNet(source) -> target under the pixel losses of stage 3 (--w_lesion 0 for one without lesion weight)."""
-    stage = utils.Stage(run, cfg, 'regression', FIXED_REGRESSION, lists=utils.seed_key(train_ids, validation_ids))
+    stage = Stage(run, cfg, 'regression', FIXED_REGRESSION, lists=utils.seed_key(train_ids, validation_ids))
     with stage.main_first():
         labels = dataset.read_labels(cfg.data_info, train_ids, spec.num_classes) if spec.num_classes else None  # never those of other splits
         cohort = dataset.Cohort(spec, train_ids, labels)

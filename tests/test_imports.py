@@ -11,11 +11,15 @@ FILES = sorted(REPO.glob('*.py'))
 NAMES = {file.stem for file in FILES}
 
 LEAVES = {'config', 'dataset', 'model', 'diffusion', 'losses', 'metrics', 'utils',
+          'layers', 'stage',                                     # model.py and utils.py, split by name
           'volume', 'grid', 'splits', 'check', 'subject',        # dataset.py, split by name; it is their door
           'quality', 'status',                                   # beside metrics.py: trust, amyloid status
           'anatomy', 'stroke', 'amyloid', 'describe'}            # the parts of phantom.py
-SCRIPTS = {'phantom', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot', 'benchmark', 'study'}
+SCRIPTS = {'translate', 'phantom', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot', 'benchmark', 'study'}
 MORE = {                                                         # what else a file may import of ours
+    'model': {'layers'},
+    'stage': {'utils'},
+    'infer': {'translate'},                                      # infer.py, split by name
     'grid': {'volume'},
     'splits': {'volume'},
     'check': {'volume'},
