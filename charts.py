@@ -216,7 +216,8 @@ def draw_calibration(path, targets, dpi=110):
         ax.plot([0, 1], [0, 1], color='0.5', linewidth=0.9)
         for (name, points), colour, marker in zip(series.items(), ('#0072B2', '#E69F00'), 'os', strict=False):
             x, mean, low, high = np.array(points).T
-            ax.errorbar(x, mean, [mean - low, high - mean], color=colour, marker=marker, capsize=3, label=name)
+            bars = np.maximum([mean - low, high - mean], 0)  # rounding, where all subjects are equal
+            ax.errorbar(x, mean, bars, color=colour, marker=marker, capsize=3, label=name)
         ax.set(xlim=(0, 1), ylim=(0, 1), xlabel='nominal coverage', ylabel='share of brain voxels covered')
         ax.set_title(f'{target.upper()}: voxels inside their interval', fontsize=10)
         ax.grid(alpha=0.25)

@@ -1,8 +1,8 @@
 """
 Every setting of every script. Edit the constants below, or override one for a run: python train_unet.py --batch_size 8
 
-Order of force: constants < preset < command line. The constants are the stroke demo; PRESETS holds the differences of the others.
-Each run prints the values that are not the constant's and where they came from; `python train_unet.py --help` lists them all.
+Order of force: constants < preset < command line. The constants are the stroke demo; PRESETS holds what differs in the
+others. Each run prints the values that are not the constant's and where they came from; --help lists them all.
 """
 
 import ast
@@ -19,7 +19,7 @@ preset = 'ctp2dwi_demo'          # ctp2dwi_demo, mri2pet_demo, ctp2dwi, mri2pet,
 exp = 'exp_1'                    # results go to result/<exp>
 init_from = None                 # 'exp_1': take the earlier stages from that experiment instead of this one
 device = 'auto'                  # auto, cpu, cuda or cuda:1
-precision = 'auto'               # auto, fp32, bf16 or fp16 (CUDA, with loss scaling); auto: bf16 where the device is fast in it
+precision = 'auto'               # auto (bf16 where the device is fast in it), fp32, bf16, fp16 (CUDA, loss scaling)
 seed = 0                         # one seed for weights, data order, noise and sampling
 
 # Data
@@ -27,17 +27,17 @@ data_root = 'data/phantom_ctp2dwi'                 # {root} in the templates bel
 data_info = 'data/phantom_ctp2dwi/data_info'       # folder with train.txt, validation.txt, test.txt, data_info.csv
 cache_dir = 'cache'                                # preprocessed arrays; may be deleted at any time
 source = '{root}/{id}/ctp.nii.gz'                  # source image; * must match exactly one file
-targets = {'dwi': '{root}/{id}/dwi.nii.gz', 'adc': '{root}/{id}/adc.nii.gz'}
+targets = {'dwi': '{root}/{id}/dwi.nii.gz', 'adc': '{root}/{id}/adc.nii.gz'}  # target images: name -> file
 mask = '{root}/{id}/mask.nii.gz'                   # brain mask; None: source > 0, largest component, holes filled
 lesion = '{root}/{id}/lesion.nii.gz'               # region of stage 3, needed in training only; None: no lesion term
 spatial_dims = 2                 # 2: axial slices, 3: volumes
 spacing = (3, 3, None)           # mm of the working grid; None keeps an axis as it is
-image_size = (64, 72)            # voxels of the working grid, multiples of 4; lower it (or raise spacing) when memory runs out
+image_size = (64, 72)            # voxels of the working grid, multiples of 4; when memory runs out, lower it
 frames = 15                      # time points of a 4D source; None for a 3D source
 frame_interval = None            # seconds between the frames of a 4D source; None: as its header says
 resample = False                 # True brings all volumes of a subject onto the first target's grid by their affines
-scaling = {'source': ('range', 0, 100), 'dwi': ('median', 0, 3), 'adc': ('range', 0, 3000)}  # range lo hi | median lo hi | quantile a b
-unit_scale = {'source': 1, 'dwi': 1, 'adc': 1}     # factor on a file's values, e.g. 1e6 for ADC in mm^2/s, 1000 for 1e-3 mm^2/s
+scaling = {'source': ('range', 0, 100), 'dwi': ('median', 0, 3), 'adc': ('range', 0, 3000)}  # or ('quantile', a, b)
+unit_scale = {'source': 1, 'dwi': 1, 'adc': 1}     # factor on a file's values, e.g. 1e6 for an ADC in mm^2/s
 num_classes = 0                  # number of label values in data_info.csv; 0: labels are not read
 flip = True                      # augmentation: left-right flips
 shift = 2                        # augmentation: shifts by up to this many voxels
@@ -113,64 +113,87 @@ out = None                       # output folder for --input
 # ------------------------------------------------------------------------------------------------------------------
 
 _MRI2PET_DATA = dict(
-    task='mri2pet', source='{root}/whole_MRI/{id}.nii', targets={'suvr': '{root}/whole_Abeta/{id}.nii'}, mask='{root}/mask/{id}.nii',
+    task='mri2pet', source='{root}/whole_MRI/{id}.nii', targets={'suvr': '{root}/whole_Abeta/{id}.nii'},
+    mask='{root}/mask/{id}.nii',
     lesion='{root}/roi/{id}.nii', spatial_dims=3, frames=None, num_classes=2,
     scaling={'source': ('quantile', 0.005, 0.995), 'suvr': ('range', 0, 3)}, unit_scale={'source': 1, 'suvr': 1})
 
 PRESETS = {
     'ctp2dwi_demo': dict(),
     'mri2pet_demo': dict(
-        _MRI2PET_DATA, exp='exp_mri2pet_demo', data_root='data/phantom_mri2pet', data_info='data/phantom_mri2pet/data_info',
-        spacing=(4, 4, 4), image_size=(40, 48, 40), batch_size=4, eval_batch=4, aae_channels=(16, 32, 64), disc_channels=(16, 32),
-        unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48), regression_channels=(24, 48, 96), regression_steps=900, aae_steps=400, unet_steps=500,
+        _MRI2PET_DATA, exp='exp_mri2pet_demo', data_root='data/phantom_mri2pet',
+        data_info='data/phantom_mri2pet/data_info',
+        spacing=(4, 4, 4), image_size=(40, 48, 40), batch_size=4, eval_batch=4,
+        aae_channels=(16, 32, 64), disc_channels=(16, 32),
+        unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
+        regression_channels=(24, 48, 96), regression_steps=900,
+        aae_steps=400, unet_steps=500,
         post_steps=250, eval_every=125, save_every=125, disc_start=100, disc_ramp=100),
     # Full size, our recipe: LAPT's geometry and scale.
     'ctp2dwi': dict(
         exp='exp_ctp2dwi', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),
-        aae_channels=(64, 128, 256), aae_blocks=2, disc_channels=(64, 128), unet_channels=(224, 448, 896), unet_attention=(1, 2),
-        cond_channels=64, cond_width=64, detail_channels=(32, 64, 128), regression_channels=(64, 128, 256, 512), regression_steps=300000, aae_steps=100000, unet_steps=200000, post_steps=20000,
+        aae_channels=(64, 128, 256), aae_blocks=2, disc_channels=(64, 128),
+        unet_channels=(224, 448, 896), unet_attention=(1, 2),
+        cond_channels=64, cond_width=64, detail_channels=(32, 64, 128),
+        regression_channels=(64, 128, 256, 512), regression_steps=300000,
+        aae_steps=100000, unet_steps=200000, post_steps=20000,
         batch_size=16, lr=1e-4, aae_lr=2e-4, post_lr=2e-5, warmup=1000, ema=0.9999, eval_every=5000, save_every=1000,
         disc_start=5000, disc_ramp=5000, shift=8),
     # Full size, our recipe: IL-CLDM's geometry and scale.
     'mri2pet': dict(
-        _MRI2PET_DATA, exp='exp_mri2pet', data_root='data/mri2pet', data_info='data_info', spacing=(1, 1, 1), image_size=(160, 192, 160),
-        latent_channels=4, aae_channels=(16, 32, 64), disc_channels=(16, 32), unet_channels=(128, 128, 256, 512), unet_attention=(3,),
-        cond_channels=32, cond_width=16, detail_channels=(16, 32, 64), regression_channels=(16, 32, 64, 128), regression_steps=150000, aae_steps=50000, unet_steps=100000, post_steps=10000,
-        batch_size=1, eval_batch=1, lr=1e-4, aae_lr=2e-4, post_lr=2e-5, warmup=1000, ema=0.9999, eval_every=5000, save_every=1000,
+        _MRI2PET_DATA, exp='exp_mri2pet', data_root='data/mri2pet', data_info='data_info',
+        spacing=(1, 1, 1), image_size=(160, 192, 160),
+        latent_channels=4, aae_channels=(16, 32, 64), disc_channels=(16, 32),
+        unet_channels=(128, 128, 256, 512), unet_attention=(3,),
+        cond_channels=32, cond_width=16, detail_channels=(16, 32, 64),
+        regression_channels=(16, 32, 64, 128), regression_steps=150000,
+        aae_steps=50000, unet_steps=100000, post_steps=10000,
+        batch_size=1, eval_batch=1, lr=1e-4, aae_lr=2e-4, post_lr=2e-5, warmup=1000, ema=0.9999,
+        eval_every=5000, save_every=1000,
         disc_start=5000, disc_ramp=5000, shift=4, crop=(96, 96, 96), checkpointing=True),
-    # The papers' own recipes. Departures of lapt: no vector quantisation (the latent is continuous), no perceptual loss, slices at the
-    # given spacing, the source encoded by a small trained network to the latent grid, L1 x 100 as reconstruction loss.
+    # The papers' own recipes. Departures of lapt: no vector quantisation (the latent is continuous), no perceptual
+    # loss, slices at the given spacing, the source encoded by a small trained network to the latent grid, L1 x 100 as
+    # reconstruction loss.
     'lapt': dict(
         exp='exp_lapt', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),
         scaling={'source': ('range', 0, 200), 'dwi': ('quantile', 0.005, 0.995), 'adc': ('quantile', 0.005, 0.995)},
         latent_channels=3, normalise_latents=False, aae_channels=(64, 128, 256), aae_blocks=2, disc_channels=(64, 128),
         unet_channels=(224, 896, 1792), unet_attention=(1, 2), cond_channels=15, cond_width=64, detail_branch=False,
         predict='eps', schedule='scaled_linear', loss_weight='none', last_step_share=0, label_drop=0,
-        aae_steps=100000, unet_steps=200000, post_steps=20000, batch_size=6, lr=4.8e-5, aae_lr=4.5e-6 * 8, post_lr=1.2e-5, warmup=1,
+        aae_steps=100000, unet_steps=200000, post_steps=20000, batch_size=6,
+        lr=4.8e-5, aae_lr=4.5e-6 * 8, post_lr=1.2e-5, warmup=1,
         ema=0.9999, eval_every=5000, save_every=1000, disc_start=5000, disc_ramp=1, flip=False, shift=0,
-        post_loss='lapt', lambda_t='linear', w_diffusion=1.0, w_image=0.01, w_lesion=0.02, post_last_step_share=0, tune_decoder=False,
+        post_loss='lapt', lambda_t='linear', w_diffusion=1.0, w_image=0.01, w_lesion=0.02,
+        post_last_step_share=0, tune_decoder=False,
         sampler='ddim', num_steps=50),
-    # Departures of il_cldm: the label is known in training and absent at sampling as published, but through the learned "unknown"
-    # embedding; stage 3 does not exist there (post_steps = 0); best checkpoint by psnr alone; 999 steps become T.
+    # Departures of il_cldm: the label is known in training and absent at sampling as published, but through the learned
+    # "unknown" embedding; stage 3 does not exist there (post_steps = 0); best checkpoint by psnr alone; 999 steps
+    # become T.
     'il_cldm': dict(
-        _MRI2PET_DATA, exp='exp_il_cldm', data_root='data/mri2pet', data_info='data_info', spacing=(1, 1, 1), image_size=(160, 192, 160),
+        _MRI2PET_DATA, exp='exp_il_cldm', data_root='data/mri2pet', data_info='data_info',
+        spacing=(1, 1, 1), image_size=(160, 192, 160),
         latent_channels=1, normalise_latents=False, aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(128, 128, 256, 512), unet_attention=(3,), cond_channels=1, cond_width=16, detail_branch=False,
         predict='eps', schedule='linear', loss_weight='none', last_step_share=0, label_drop=0,
-        aae_steps=50000, unet_steps=100000, post_steps=0, batch_size=1, eval_batch=1, lr=1e-4, aae_lr=1e-4, warmup=1, ema=0.9999,
+        aae_steps=50000, unet_steps=100000, post_steps=0, batch_size=1, eval_batch=1,
+        lr=1e-4, aae_lr=1e-4, warmup=1, ema=0.9999,
         eval_every=5000, save_every=1000, disc_start=1000, disc_ramp=1, flip=False, shift=0, checkpointing=True,
         sampler='ddpm', num_steps=1000, w_diffusion=1.0, post_last_step_share=0),
 }
 
 CHOICES = dict(
-    task=('ctp2dwi', 'mri2pet'), precision=('auto', 'fp32', 'bf16', 'fp16'), spatial_dims=(2, 3), predict=('v', 'z_0', 'eps'),
+    task=('ctp2dwi', 'mri2pet'), precision=('auto', 'fp32', 'bf16', 'fp16'),
+    spatial_dims=(2, 3), predict=('v', 'z_0', 'eps'),
     schedule=('scaled_linear', 'linear', 'cosine'), loss_weight=('none', 'min_snr'), post_loss=('l1', 'lapt'),
     lambda_t=('constant', 'linear'), sampler=('one_step', 'ddim', 'ddpm'), split=('train', 'validation', 'test'))
-MAY_BE_NONE = dict(init_from=str, mask=str, lesion=str, frames=int, frame_interval=float, crop=tuple, input=str, input_mask=str, out=str)
-POSITIVE = ('batch_size', 'accumulate', 'lr', 'aae_lr', 'post_lr', 'eval_every', 'save_every', 'num_steps', 'samples', 'timesteps',
+MAY_BE_NONE = dict(init_from=str, mask=str, lesion=str, frames=int, frame_interval=float,
+                   crop=tuple, input=str, input_mask=str, out=str)
+POSITIVE = ('batch_size', 'accumulate', 'lr', 'aae_lr', 'post_lr', 'eval_every', 'save_every', 'num_steps',
+            'samples', 'timesteps',
             'latent_channels', 'eval_batch', 'grad_clip', 'aae_blocks', 'unet_blocks', 'warmup')
 
-DEFAULTS = {k: v for k, v in list(globals().items()) if k[0].islower() and not isinstance(v, (types.ModuleType, type, types.FunctionType))}
+_NO_SETTING = (types.ModuleType, type, types.FunctionType)
+DEFAULTS = {k: v for k, v in list(globals().items()) if k[0].islower() and not isinstance(v, _NO_SETTING)}
 
 
 class SettingError(ValueError):
@@ -186,7 +209,8 @@ class Settings(types.SimpleNamespace):
 
     def changes(self):
         """Lines 'name = value (origin)' of all values that are not the constant's."""
-        return [f'{name} = {getattr(self, name)!r} ({self.origin[name]})' for name in DEFAULTS if getattr(self, name) != DEFAULTS[name]]
+        return [f'{name} = {getattr(self, name)!r} ({self.origin[name]})'
+                for name in DEFAULTS if getattr(self, name) != DEFAULTS[name]]
 
 
 def comments():
@@ -197,11 +221,12 @@ def comments():
 
 def _unknown(name, known):
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return SettingError(f"there is no setting '{name}'" + (f"; did you mean '{near[0]}'?" if near else '; --help lists them all'))
+    hint = f"; did you mean '{near[0]}'?" if near else '; --help lists them all'
+    return SettingError(f"there is no setting '{name}'{hint}")
 
 
 def check(name, value):
-    """The value in the setting's type (an int becomes a float, a list a tuple); SettingError naming the setting otherwise."""
+    """The value in the setting's type (an int becomes a float, a list a tuple); SettingError if it cannot be."""
     default = DEFAULTS[name]
     kind = MAY_BE_NONE.get(name) or (str if name == 'label' else type(default))
     if value is None and name in MAY_BE_NONE:
@@ -244,7 +269,7 @@ def parse(name, text):
 def load(description='', argv=None, extra=None):
     """Settings from the constants, the preset and the command line (argv, default sys.argv[1:]).
 
-    extra: {name: (default, help)} of flags that only one script has, given as strings; a default of False makes it a switch.
+    extra: {name: (default, help)} of flags that only one script has, as strings; a default of False makes it a switch.
     Raises SettingError for an unknown name, a wrong type or an impossible combination.
     """
     argv, extra = list(sys.argv[1:] if argv is None else argv), extra or {}
@@ -275,7 +300,8 @@ def load(description='', argv=None, extra=None):
     chosen = given.get('preset', preset)
     if chosen not in PRESETS:
         near = difflib.get_close_matches(chosen, PRESETS, n=1)
-        raise SettingError(f"there is no preset '{chosen}'" + (f"; did you mean '{near[0]}'?" if near else f': {", ".join(PRESETS)}'))
+        hint = f"; did you mean '{near[0]}'?" if near else f': {", ".join(PRESETS)}'
+        raise SettingError(f"there is no preset '{chosen}'{hint}")
     for values, origin in ((PRESETS[chosen], f'preset {chosen}'), (given, 'command line')):
         for name, value in values.items():
             if name not in DEFAULTS:
@@ -296,22 +322,27 @@ def validate(cfg):
             raise SettingError(f'{name} = {getattr(cfg, name)} needs {n} values with spatial_dims = {dims}')
     for name in ('image_size', 'crop'):
         if any(type(n) is not int or n < 8 or n % 4 for n in getattr(cfg, name) or ()):
-            raise SettingError(f'{name} = {getattr(cfg, name)} must be whole multiples of 4, at least 8: the autoencoder divides by 4')
+            raise SettingError(f'{name} = {getattr(cfg, name)} must be whole multiples of 4, at least 8: '
+                               'the autoencoder divides by 4')
     for table in ('scaling', 'unit_scale'):
         missing = {'source', *cfg.targets} - set(getattr(cfg, table))
         if missing:
-            raise SettingError(f"{table} has no entry for {', '.join(sorted(missing))}, only for {', '.join(getattr(cfg, table))}")
+            raise SettingError(f"{table} has no entry for {', '.join(sorted(missing))}, "
+                               f"only for {', '.join(getattr(cfg, table))}")
     for name, rule in cfg.scaling.items():
         if len(rule) != 3 or rule[0] not in ('range', 'median', 'quantile') or not rule[1] < rule[2]:
-            raise SettingError(f"scaling of '{name}' is {rule!r}, must be ('range', lo, hi), ('median', lo, hi) or ('quantile', a, b)")
+            raise SettingError(f"scaling of '{name}' is {rule!r}, must be ('range', lo, hi), ('median', lo, hi) "
+                               "or ('quantile', a, b)")
     if not cfg.targets:
         raise SettingError('targets is empty: name at least one target image')
     if cfg.predict == 'eps' and cfg.sampler == 'one_step':
-        raise SettingError("sampler 'one_step' is refused with predict 'eps' (its error is multiplied by 84 at t = T-1); use --sampler ddim")
+        raise SettingError("sampler 'one_step' is refused with predict 'eps' (at T-1 its error is multiplied by 84): "
+                           'use --sampler ddim')
     if cfg.batch_size % cfg.accumulate:
         raise SettingError(f'batch_size {cfg.batch_size} must be a multiple of accumulate {cfg.accumulate}')
     if cfg.label not in ('unknown', 'true') and not (cfg.label.isdigit() and int(cfg.label) < cfg.num_classes):
-        raise SettingError(f"label '{cfg.label}' must be unknown, true or a class number below num_classes = {cfg.num_classes}")
+        raise SettingError(f"label '{cfg.label}' must be unknown, true or a class number below "
+                           f'num_classes = {cfg.num_classes}')
     if not re.fullmatch(r'[\w.-]+', cfg.exp):
         raise SettingError(f"exp '{cfg.exp}' must be a plain folder name")
 

@@ -1,8 +1,9 @@
 """
 The diffusion: the forward process, what the network predicts, its loss, and the samplers.
 
-`Diffusion` owns the goal of the regression (`net_target`), the way back (`split`) and the loss, so that training and sampling
-cannot disagree. A sampler is a function of any network: net(z_t, t) -> output. Time steps run from 0 (least noise) to T-1.
+`Diffusion` owns the goal of the regression (`net_target`), the way back (`split`) and the loss, so that training and
+sampling cannot disagree. A sampler is a function of any network: net(z_t, t) -> output. Time steps run from 0 (least
+noise) to T-1.
 
     z_t = sqrt(ab_t) z_0 + sqrt(1 - ab_t) eps             the forward process; ab is alpha_bar
     v   = sqrt(ab_t) eps - sqrt(1 - ab_t) z_0             Salimans & Ho 2022
@@ -19,7 +20,7 @@ SAMPLERS = ('one_step', 'ddim', 'ddpm')
 
 
 def alpha_bars(schedule, timesteps, zero_terminal_snr):
-    """alpha_bar_t for t = 0..T-1 as float64 (T,); with zero_terminal_snr the last one is 0 (arXiv 2305.08891, algorithm 1)."""
+    """alpha_bar_t for t = 0..T-1, float64 (T,); with zero_terminal_snr it ends in 0 (arXiv 2305.08891, algorithm 1)."""
     if schedule == 'scaled_linear':
         betas = torch.linspace(math.sqrt(0.0015), math.sqrt(0.0195), timesteps, dtype=torch.float64) ** 2
     elif schedule == 'linear':
@@ -40,7 +41,8 @@ def alpha_bars(schedule, timesteps, zero_terminal_snr):
 class Diffusion(nn.Module):
     """The forward process q(z_t | z_0) and the three ways of writing what the network predicts.
 
-    predict: 'v', 'z_0' or 'eps'. v and z_0 use a schedule rescaled to zero terminal SNR; eps never (it could not be inverted).
+    predict: 'v', 'z_0' or 'eps'. v and z_0 use a schedule rescaled to zero terminal SNR; eps never (it could not be
+    inverted).
     last_step_share: the fraction of training draws at t = T-1, where v makes the network a plain regression of z_0.
     """
 
@@ -50,9 +52,12 @@ class Diffusion(nn.Module):
             raise ValueError(f"predict '{predict}' is not one of {', '.join(PREDICTIONS)}")
         if loss_weight not in ('none', 'min_snr'):
             raise ValueError(f"loss_weight '{loss_weight}' is not one of none, min_snr")
-        self.args = dict(predict=predict, schedule=schedule, timesteps=timesteps, loss_weight=loss_weight, last_step_share=last_step_share)
-        self.predict, self.timesteps, self.loss_weight, self.last_step_share = predict, timesteps, loss_weight, last_step_share
-        self.register_buffer('alpha_bar', alpha_bars(schedule, timesteps, zero_terminal_snr=predict != 'eps'), persistent=False)
+        self.args = dict(predict=predict, schedule=schedule, timesteps=timesteps, loss_weight=loss_weight,
+                         last_step_share=last_step_share)
+        self.predict, self.timesteps = predict, timesteps
+        self.loss_weight, self.last_step_share = loss_weight, last_step_share
+        ab = alpha_bars(schedule, timesteps, zero_terminal_snr=predict != 'eps')
+        self.register_buffer('alpha_bar', ab, persistent=False)
 
     def _ab(self, t, like):
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), shaped to multiply `like`, in float32 at least."""
@@ -80,7 +85,7 @@ class Diffusion(nn.Module):
         return net_out, (z_t - a * net_out) / s  # s is never 0: even t = 0 carries noise
 
     def weight(self, t):
-        """Loss weight of a time step (B,): 1, or min-SNR with g = 5 (arXiv 2303.09556); the one for v is 1, not 0, at zero SNR."""
+        """Loss weight of a time step (B,): 1, or min-SNR with g = 5 (arXiv 2303.09556), for v 1 and not 0 at SNR 0."""
         if self.loss_weight == 'none':
             return torch.ones_like(t, dtype=torch.float32)
         ab = self.alpha_bar[t]
@@ -123,19 +128,20 @@ def trailing_steps(timesteps, num_steps):
 def one_step(diffusion, net, z_T):
     """The network's estimate of z_0 from pure noise: a plain regression of the mean."""
     if diffusion.predict == 'eps':
-        raise ValueError("sampler 'one_step' needs predict 'v' or 'z_0': an error of eps is multiplied by sqrt((1-ab)/ab) at t = T-1; use 'ddim'")
+        raise ValueError("sampler 'one_step' needs predict 'v' or 'z_0': an error of eps is multiplied by "
+                         "sqrt((1-ab)/ab) at t = T-1; use 'ddim'")
     t = torch.full((len(z_T),), diffusion.timesteps - 1, device=z_T.device)
     return diffusion.split(net(z_T, t).to(z_T.dtype), z_T, t)[0]
 
 
 def ddim_sample(diffusion, net, z_T, num_steps=50, eta=0.0, noise=torch.randn_like):
-    """Denoise z_T to z_0 at trailing steps, T-1 first (DDIM, Song 2021, equation 12); eta = 0 is deterministic, eta = 1 ancestral.
+    """Denoise z_T to z_0 at trailing steps, T-1 first (DDIM, Song 2021, equation 12); eta 0: deterministic, 1: DDPM.
 
     noise(z) draws fresh noise shaped like z; it is only called where eta > 0 and not at the last step.
     """
     steps = trailing_steps(diffusion.timesteps, num_steps)
     z_t = z_T
-    for t, t_next in zip(steps, steps[1:] + [-1]):
+    for t, t_next in zip(steps, steps[1:] + [-1], strict=True):
         tt = torch.full((len(z_T),), t, device=z_T.device)
         z_0_hat, eps_hat = diffusion.split(net(z_t, tt).to(z_T.dtype), z_t, tt)
         if t_next < 0:

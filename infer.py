@@ -1,5 +1,6 @@
 """
-Batch inference: translate a split (or one new file) to NIfTI on each subject's own grid, in physical units, with metrics.
+Batch inference: translate a split (or one new file) to NIfTI on each subject's own grid, in physical units, with
+metrics.
 
 python infer.py                              the test split of the experiment in config.py
 python infer.py --sampler ddim --num_steps 50 --samples 4
@@ -14,6 +15,7 @@ import shutil
 import time
 from dataclasses import replace
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,18 +31,19 @@ import utils
 from model import fingerprint
 from translate import Model, Sampling, checkpoint_path, load_aae, load_model, mean_prediction, translate
 
-__all__ = ['Model', 'Sampling', 'load_aae', 'load_model', 'translate', 'evaluate', 'validate', 'fit_quality']  # what the training scripts take from here
+# What the training scripts take from here: validation is inference by construction.
+__all__ = ['Model', 'Sampling', 'load_aae', 'load_model', 'translate', 'evaluate', 'validate', 'fit_quality']
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Evaluation
 
 def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', intervals=None):
-    """Rows of metrics, one a subject in the order of ids, computed on the subject's own grid; the subjects are shared by the processes.
+    """Rows of metrics, one a subject in the order of ids, on the subject's own grid; the processes share the subjects.
 
-    predict(subject) -> (pred, std) in network scaling. quick: the few figures of a validation curve; else all of section "metrics".
-    on_subject(subject, pred, std): called for each, e.g. to write files. Errors of one subject are collected, not raised:
-    returns (rows, errors).
+    predict(subject) -> (pred, std) in network scaling. quick: the few figures of a validation curve; else all of
+    metrics.subject_row. on_subject(subject, pred, std): called for each, e.g. to write files. Errors of one subject are
+    collected, not raised: returns (rows, errors).
     """
     rows, errors = [], []
     ranges = {name: dataset.scaling_range(spec, name) for name in spec.targets}
@@ -52,16 +55,19 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
             pred, std = predict(subject)
             seconds, row = time.perf_counter() - start, dict(ID=id)
             if subject.target is not None:
-                image, truth, mask, lesion = subject.to_native(pred), subject.truth(), subject.native_mask, subject.native_lesion
+                image, truth = subject.to_native(pred), subject.truth()
+                mask, lesion = subject.native_mask, subject.native_lesion
                 if quick:
                     row |= metrics.quick_row(image, truth, mask, lesion, ranges, spec.task, axis=subject.axial_axis)
                 else:
-                    row |= metrics.subject_row(image, truth, mask, lesion, subject.spacing, ranges, spec.task, axis=subject.axial_axis)
+                    row |= metrics.subject_row(image, truth, mask, lesion, subject.spacing, ranges, spec.task,
+                                               axis=subject.axial_axis)
                 if intervals:
                     spread = std_maps(subject, std, spec)
                     for name, fit in intervals.items():
-                        row |= {f'{name}_{k}': v for k, v in
-                                quality.interval_coverage(image[name], spread[name], truth[name], mask, fit, limits=ranges[name]).items()}
+                        coverage = quality.interval_coverage(image[name], spread[name], truth[name], mask, fit,
+                                                             limits=ranges[name])
+                        row |= {f'{name}_{k}': v for k, v in coverage.items()}
             if on_subject:
                 on_subject(subject, pred, std)
             rows.append((i, row | dict(seconds=seconds)))
@@ -74,7 +80,7 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
 
 
 def validate(run, predict, spec, ids):
-    """Means of the quick figures over the validation subjects, for a training stage; an unreadable subject is an error."""
+    """Means of the quick figures over the validation subjects, for a training stage; an unreadable one is an error."""
     rows, errors = evaluate(run, predict, spec, ids, label='validate')
     if errors:
         raise utils.RunError(errors[0])
@@ -86,11 +92,13 @@ def validate(run, predict, spec, ids):
 # Writing
 
 def std_maps(subject, std, spec):
-    """The std over samples, (N, K, *S) in network scaling or None, as maps in physical units on the subject's grid; zeros for None."""
+    """The std over samples, (N, K, *S) in network scaling or None (zeros), as physical maps on the subject's grid."""
     maps = {}
     for k, name in enumerate(spec.target_names):
         lo, hi = dataset.scaling_range(spec, name)
-        maps[name] = np.zeros(subject.shape, np.float32) if std is None else subject.to_native_raw(std[:, k:k + 1]) * (hi - lo) / 2 * subject.native_mask
+        maps[name] = np.zeros(subject.shape, np.float32)
+        if std is not None:
+            maps[name] = subject.to_native_raw(std[:, k:k + 1]) * (hi - lo) / 2 * subject.native_mask
     return maps
 
 
@@ -106,14 +114,16 @@ def write_prediction(folder, subject, pred, std, spec, record):
 
 def prediction_record(cfg, model, spec):
     """What a prediction.json says: checkpoint, sampler, seed, label mode, units."""
-    units = {name: {'dwi': 'multiples of the in-mask median', 'adc': '1e-6 mm^2/s', 'suvr': 'SUVR'}.get(name, 'as scaled') for name in spec.targets}
+    known = {'dwi': 'multiples of the in-mask median', 'adc': '1e-6 mm^2/s', 'suvr': 'SUVR'}
+    units = {name: known.get(name, 'as scaled') for name in spec.targets}
     units |= {name: 'in-mask quantile range, 0..1' for name in spec.targets if spec.scaling[name][0] == 'quantile'}
-    return dict(checkpoint=model.origin, aae=fingerprint(model.aae), exp=cfg.exp, sampler=cfg.sampler, num_steps=1 if cfg.sampler == 'one_step' else cfg.num_steps,
+    return dict(checkpoint=model.origin, aae=fingerprint(model.aae), exp=cfg.exp, sampler=cfg.sampler,
+                num_steps=1 if cfg.sampler == 'one_step' else cfg.num_steps,
                 samples=cfg.samples, guidance=cfg.guidance, label=cfg.label, seed=cfg.seed, units=units)
 
 
 def keep_aside(folder, record):
-    """Nothing is overwritten silently: results of other settings are moved to old_<n>, those of the same settings replaced, and said."""
+    """Nothing is overwritten silently: results of other settings move to old_<n>; replacing the same ones is said."""
     old = folder / 'inference.json'
     if not (folder / 'pred').exists():
         return None
@@ -158,22 +168,16 @@ def infer_split(cfg, run, model, spec, folder):
     if table.empty or table.shape[1] <= 2:
         return errors  # no truth: images only
     flagged = [quality.qc_flag(features[id], model.qc) for id in table['ID']] if model.qc else []
-    reasons = [f'unlike training: {quality.qc_reason(features[id], model.qc)}' if bad else 'ok' for id, bad in zip(table['ID'], flagged, strict=False)]
+    reasons = [f'unlike training: {quality.qc_reason(features[id], model.qc)}' if bad else 'ok'
+               for id, bad in zip(table['ID'], flagged, strict=False)]
     table = table.assign(qc=reasons or '', num_steps=record['num_steps'], samples=cfg.samples)
 
-    # Baselines on the same subjects. The training mean and the autoencoder's ceiling are always there.
-    baselines = {
-        'mean': lambda s: (mean_prediction(model.mean_image, s), None),
-        'aae': lambda s, ceiling=load_model(cfg, run, 'aae'): (utils.in_batches(run, ceiling.aae, cfg.eval_batch, s.target), None)}
-    if model.stage == 'post':
-        baselines['unet'] = lambda s, unet=load_model(cfg, run, 'unet'): predict(s, unet)
-    if model.stage != 'regression' and checkpoint_path(cfg, 'regression').exists():
-        baselines['regression'] = lambda s, net=load_model(cfg, run, 'regression'): predict(s, net)
-    tables = {name: pd.DataFrame(evaluate(run, baseline, spec, list(table['ID']), quick=False, label=f'baseline {name}')[0])
-              for name, baseline in baselines.items()}
+    tables = {}
+    for name, baseline in baselines(cfg, run, model, predict).items():
+        rows = evaluate(run, baseline, spec, list(table['ID']), quick=False, label=f'baseline {name}')[0]
+        tables[name] = pd.DataFrame(rows)
     groups = amyloid_status(cfg, run, spec, predict, table) if 'suvr_pred' in table else None
     if run.main:
-        prefix = '' if cfg.split == 'test' else f'{cfg.split}_'
         last = ['qc', 'num_steps', 'samples', 'seconds']
         save_table(table[[c for c in table if c not in last] + last], folder / (f'{cfg.split}.csv'))
         for name, t in tables.items():
@@ -191,8 +195,26 @@ def infer_split(cfg, run, model, spec, folder):
     return errors
 
 
+def baselines(cfg, run, model, predict):
+    """What the model is compared with on the same subjects: {name: predict}.
+
+    The training set's mean image and the autoencoder's reconstruction of the truth (the ceiling of all that goes
+    through it) are always there; the U-Net before stage 3 and the regression U-Net where they have been trained.
+    """
+    aae = load_model(cfg, run, 'aae').aae
+
+    def reconstruct(subject):
+        return utils.in_batches(run, aae, cfg.eval_batch, subject.target), None
+
+    found = dict(mean=lambda subject: (mean_prediction(model.mean_image, subject), None), aae=reconstruct)
+    others = ['unet'] if model.stage == 'post' else []
+    if model.stage != 'regression' and checkpoint_path(cfg, 'regression').exists():
+        others.append('regression')
+    return found | {name: partial(predict, model=load_model(cfg, run, name)) for name in others}
+
+
 def fit_intervals(cfg, run, spec, predict, voxels=20000):
-    """Intervals pred +- k_q sqrt(std^2 + s_0^2) (q = 50, 90 %) of each target, fitted on the validation split: {target: fit}."""
+    """Intervals pred +- k_q sqrt(std^2 + s_0^2), q = 50, 90 %, by target, from the validation split: {target: fit}."""
     ids = [id for id in dataset.read_split(cfg.data_info, 'validation') if spec.has_truth(id)]
     parts = []
 
@@ -209,14 +231,16 @@ def fit_intervals(cfg, run, spec, predict, voxels=20000):
     fits = {}
     for name in spec.targets if parts else ():
         pred, std, truth = zip(*[p[name] for p in parts], strict=True)
-        fits[name] = quality.interval_fit(pred, std, truth, [np.ones_like(p) for p in pred], limits=dataset.scaling_range(spec, name))
+        ones = [np.ones_like(p) for p in pred]
+        fits[name] = quality.interval_fit(pred, std, truth, ones, limits=dataset.scaling_range(spec, name))
     return fits
 
 
 def amyloid_status(cfg, run, spec, predict, table):
-    """AUC and balanced accuracy of the synthetic SUVR, of a logistic regression on MRI volumes, and of the true PET, with class sizes.
+    """AUC and balanced accuracy of the synthetic SUVR, of a logistic regression on MRI volumes, and both class sizes.
 
-    Status is the true PET's SUVR above 1.11; thresholds are fitted on training + validation. Fills table['status_pred'].
+    Status is the true PET's SUVR above 1.11; thresholds are fitted on training + validation. Fills
+    table['status_pred'].
     """
     fit_ids = [id for split in ('train', 'validation') for id in dataset.read_split(cfg.data_info, split)]
     volumes = []
@@ -234,7 +258,8 @@ def amyloid_status(cfg, run, spec, predict, table):
     positive = [(t['suvr_true'] > status.TRUE_THRESHOLD).astype(int) for t in (fit, table)]
     lines = dict(synthetic=status.classify(fit['suvr_pred'], positive[0], table['suvr_pred'], positive[1], cfg.seed))
     table['status_pred'] = (table['suvr_pred'] > lines['synthetic']['threshold']).astype(int)
-    lines['mri_volumes'] = status.mri_baseline([volumes[id] for id in fit['ID']], positive[0], [volumes[id] for id in table['ID']], positive[1], cfg.seed)[0]
+    fit_volumes, table_volumes = ([volumes[id] for id in t['ID']] for t in (fit, table))
+    lines['mri_volumes'] = status.mri_baseline(fit_volumes, positive[0], table_volumes, positive[1], cfg.seed)[0]
     return pd.DataFrame([dict(score=name) | line for name, line in lines.items()])
 
 
@@ -245,7 +270,7 @@ def source_features(source, mask):
 
 
 def fit_quality(spec, cohort, validation_ids, at_most=100):
-    """What a good source looks like, from (at most 100 of) the training subjects and the validation subjects: quality.qc_fit, or None."""
+    """What a good source looks like, from up to 100 training and 100 validation subjects: quality.qc_fit, or None."""
     train = []
     for j in np.linspace(0, len(cohort.ids) - 1, min(at_most, len(cohort.ids))).astype(int):
         batch = cohort.subject_items(j)
@@ -271,7 +296,8 @@ def infer_file(cfg, run, model, spec):
 
 
 def main():
-    cfg = config.load(__doc__, extra={'stage': ('auto', 'which model: auto (post if there, else unet), post, unet or regression')})
+    which = 'which model: auto (post if there, else unet), post, unet or regression'
+    cfg = config.load(__doc__, extra={'stage': ('auto', which)})
     run = utils.Run(cfg.device, cfg.precision)
     folder = Path('result') / cfg.exp
     model = load_model(cfg, run, cfg.stage)
@@ -287,7 +313,9 @@ def main():
     if errors and run.main:
         print('\n'.join(errors))
     if errors:
-        raise utils.RunError(f'{len(errors)} of {len(dataset.read_split(cfg.data_info, cfg.split))} subjects could not be translated (listed above); all others are done')
+        total = len(dataset.read_split(cfg.data_info, cfg.split))
+        raise utils.RunError(f'{len(errors)} of {total} subjects could not be translated (listed above); '
+                             'all others are done')
 
 
 if __name__ == '__main__':

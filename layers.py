@@ -44,8 +44,8 @@ class _GroupNorm(torch.autograd.Function):
         centred = (s_2 - mean * s_1) * rstd  # sum of dy * x_hat
         gamma = weight.float().view(1, groups, per)
         p, q = ((gamma * v).sum(2, keepdim=True) / (per * positions) for v in (s_1, centred))
-        a, b, k = gamma * rstd, (-rstd ** 2 * q).expand(n, groups, per), (-rstd * p + rstd ** 2 * q * mean).expand(n, groups, per)
-        a, b, k = (v.reshape(n, c, *[1] * (x.ndim - 2)).to(x.dtype) for v in (a, b, k))
+        a, b, k = gamma * rstd, -rstd ** 2 * q, -rstd * p + rstd ** 2 * q * mean
+        a, b, k = (v.expand(n, groups, per).reshape(n, c, *[1] * (x.ndim - 2)).to(x.dtype) for v in (a, b, k))
         return torch.addcmul(torch.addcmul(k, x, b), dy, a), centred.sum(0).flatten(), s_1.sum(0).flatten(), None, None
 
 
@@ -74,7 +74,7 @@ def group_norm(channels):
 
 
 class ResBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), optionally modulated by an embedding (scale and shift of the second norm)."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))); an embedding, if any, scales and shifts the second norm."""
 
     def __init__(self, dims, c_in, c_out, emb=0):
         super().__init__()
@@ -103,7 +103,7 @@ class Attention(nn.Module):
     def forward(self, x):
         b, c = x.shape[:2]
         q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, -1).transpose(-1, -2).unbind(1)
-        h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())  # (B, heads, positions, channels)
+        h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())  # (B, heads, positions, c)
         return x + self.proj(h.transpose(-1, -2).reshape(x.shape))
 
 

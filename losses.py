@@ -1,6 +1,7 @@
 """
 Losses, each returning one value per sample (B,), so that a non-finite one can be traced to its subject.
-Images are (B, K, *S) in [-1, 1], masks (B, 1, *S) in {0, 1}. Denominators are clamped: an empty region gives 0, never 0/0.
+Images are (B, K, *S) in [-1, 1], masks (B, 1, *S) in {0, 1}. Denominators are clamped: an empty region gives 0, never
+0/0.
 """
 
 import torch.nn.functional as F
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 def reconstruction_l1(pred, target, mask, outside=0.05):
     """Mean absolute error over channels and voxels, those outside the mask with weight `outside`.
 
-    A plain mean lets the background, half of the image and right from the start, decide the sign gradients: it learns nothing here.
+    A plain mean lets the background, half of the image and right from the start, decide the sign gradients: it learns
+    nothing here.
     """
     weight = outside + (1 - outside) * mask
     return ((pred - target).abs() * weight).flatten(1).sum(1) / (pred.shape[1] * weight.flatten(1).sum(1))
@@ -32,9 +34,9 @@ def region_l1(pred, target, region):
 
 
 def lapt_error(pred, target, weight, region):
-    """LAPT's squared error, sum of weight * (pred - target)^2 over channels and field of view, divided by the region's voxel count.
+    """LAPT's squared error: sum of weight * (pred - target)^2 over channels and field of view, by the region's voxels.
 
-    weight is 1 for the image term (region: the brain mask) and the lesion mask for the lesion term (region: the lesion).
+    weight is 1 for the image term (region: the brain mask), the lesion mask for the lesion term (region: the lesion).
     """
     error = ((pred - target).square() * weight).flatten(1).sum(1)
     return error / region.flatten(1).sum(1).clamp(min=1)

@@ -5,8 +5,9 @@ The networks, for 2D slices and 3D volumes alike (`spatial_dims` 2 or 3). They k
     source (B, C, *S)      source channels C (CT perfusion: time frames)
     latent (B, c, *s)      c = latent_channels, s = S / 4, normalised to mean 0 and std 1 per channel
 
-`AAE` takes images to latents and back, `Discriminator` judges its reconstructions, `UNet` denoises latents given the source
-and the label, and `PixelUNet` works on the image grid: it is the detail branch of stage 3 and the regression baseline.
+`AAE` takes images to latents and back, `Discriminator` judges its reconstructions, `UNet` denoises latents given the
+source and the label, and `PixelUNet` works on the image grid: it is the detail branch of stage 3 and the regression
+baseline.
 """
 
 import hashlib
@@ -25,7 +26,8 @@ from layers import Attention, ResBlock, conv, group_norm, upsample, zero_init
 class Encoder(nn.Module):
     """Image (B, K, *S) -> latent (B, c, *S/4). The first convolution strides: full resolution is where time goes.
 
-    A linear shortcut from each block of 4 x 4 (x 4) voxels to its latent lets the layers start from a projection of the image.
+    A linear shortcut from each block of 4 x 4 (x 4) voxels to its latent lets the layers start from a projection of the
+    image.
     """
 
     def __init__(self, dims, image_channels, latent_channels, widths, blocks=1):
@@ -43,7 +45,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent (B, c, *s) -> image (B, K, *4s): upsample, then convolve, twice; with the encoder's shortcut the other way round."""
+    """Latent (B, c, *s) -> image (B, K, *4s): upsample, then convolve, twice; the encoder's shortcut turned round."""
 
     def __init__(self, dims, image_channels, latent_channels, widths, blocks=1):
         super().__init__()
@@ -53,7 +55,8 @@ class Decoder(nn.Module):
             nn.Upsample(scale_factor=2), conv(dims, w_2, w_1), *[ResBlock(dims, w_1, w_1) for _ in range(blocks)],
             nn.Upsample(scale_factor=2), conv(dims, w_1, w_0), *[ResBlock(dims, w_0, w_0) for _ in range(blocks)],
             group_norm(w_0), nn.SiLU(), zero_init(conv(dims, w_0, image_channels)))
-        self.shortcut = (nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d)(latent_channels, image_channels, 4, stride=4)
+        transposed = nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d
+        self.shortcut = transposed(latent_channels, image_channels, 4, stride=4)
         nn.init.orthogonal_(self.shortcut.weight)
 
     def forward(self, z):
@@ -61,7 +64,7 @@ class Decoder(nn.Module):
 
 
 class AAE(nn.Module):
-    """Adversarial autoencoder with a downsampling factor of 4 and latents normalised by the buffers `latent_mean`, `latent_std`.
+    """Adversarial autoencoder, downsampling by 4, latents normalised by the buffers `latent_mean` and `latent_std`.
 
     encode(image): (B, K, *S) -> (B, c, *S/4) with mean 0 and std 1 per channel over the training set;
     decode(z):     (B, c, *s) -> (B, K, *4s). forward is decode(encode(image)): the two normalisations cancel.
@@ -84,10 +87,10 @@ class AAE(nn.Module):
 
     @torch.no_grad()
     def start_from_blocks(self, images):
-        """Set the two shortcuts to the principal components of the images' blocks of 4 x 4 (x 4) voxels; images (B, K, *S).
+        """Set both shortcuts to the principal components of blocks of 4 x 4 (x 4) voxels of the images (B, K, *S).
 
-        Targets are weighed by the inverse std of their detail (within a block), so that each counts alike. The autoencoder then
-        starts as the best linear one, and its layers learn what that one misses.
+        Targets are weighed by the inverse std of their detail (within a block), so that each counts alike. The
+        autoencoder then starts as the best linear one, and its layers learn what that one misses.
         """
         weight = self.encoder.shortcut.weight                                                 # (c, K, 4, 4[, 4])
         blocks = images.double()
@@ -107,7 +110,8 @@ class AAE(nn.Module):
 
     def encode(self, image):
         if any(n % self.factor for n in image.shape[2:]):
-            raise ValueError(f'image size {tuple(image.shape[2:])} must be a multiple of {self.factor} along every axis')
+            size = tuple(image.shape[2:])
+            raise ValueError(f'image size {size} must be a multiple of {self.factor} along every axis')
         return (self.encoder(image).float() - self.latent_mean) / self.latent_std
 
     def decode(self, z):
@@ -162,14 +166,15 @@ class UNet(nn.Module):
     forward(z_t, t, source=..., label=...) -> what the diffusion calls the network's output
         z_t    (B, c, *s)     noisy latent
         t      (B,)           time steps, 0 the least noise
-        source (B, C, *4s)    source image; or cond (B, cond_channels, *s) = encode_source(source), computed once for many steps
-        label  (B,)           0..num_classes-1, or num_classes for "unknown" (a learned embedding); None means unknown for all
+        source (B, C, *4s)    source image; or cond (B, cond_channels, *s) = encode_source(source), computed once
+        label  (B,)           0..num_classes-1, or num_classes for "unknown" (a learned embedding); None: all unknown
     """
 
     def __init__(self, spatial_dims, latent_channels, source_channels, widths=(64, 128), blocks=2, attention=(1,),
                  cond_channels=32, cond_width=32, num_classes=0, dropout=0.0, checkpointing=False):
         super().__init__()
-        self.args = dict(spatial_dims=spatial_dims, latent_channels=latent_channels, source_channels=source_channels, widths=list(widths),
+        self.args = dict(spatial_dims=spatial_dims, latent_channels=latent_channels, source_channels=source_channels,
+                         widths=list(widths),
                          blocks=blocks, attention=list(attention), cond_channels=cond_channels, cond_width=cond_width,
                          num_classes=num_classes, dropout=dropout)
         dims, emb = spatial_dims, 4 * widths[0]

@@ -32,6 +32,7 @@ import utils
 import volume
 from experiment import Experiment
 
+FIGURES = ('montage.png', 'montage_*.png', 'metrics.png', 'scatter.png', 'calibration.png', 'curves.png')
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)                     # of the raw intervals in the calibration diagram
 BOLUS_MM = 8.0                                         # the frames are smoothed by it before the bolus is timed
 RULE = (f'Lesion rule: ADC < {metrics.ADC_LIMIT:g}, DWI > {metrics.DWI_FACTOR:g} times its in-mask median, components '
@@ -121,7 +122,7 @@ def in_turn(function, ids, faults):
             if not getattr(error, 'one_sentence', False):
                 raise
             faults[id] = str(error).removeprefix(f'{id}: ')
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each holds a subject in memory
         return [row for row in pool.map(attempt, ids) if row is not None]
 
 
@@ -298,8 +299,9 @@ def facts_of(spec, run):
                  ('label given to the network', label), ('split', record.get('split', '-')),
                  ('units', ', '.join(f'{name}: {unit}' for name, unit in record.get('units', {}).items()))]
     if run.test is not None and 'qc' in run.test:
-        flagged = run.test.loc[run.test['qc'].notna() & (run.test['qc'] != 'ok'), 'ID']
-        rows.append(('sources unlike the training set', ', '.join(flagged) or 'none'))
+        checked = run.test.dropna(subset='qc')
+        flagged = ', '.join(checked.loc[checked['qc'] != 'ok', 'ID']) or 'none'
+        rows.append(('sources unlike the training set', flagged if len(checked) else 'not checked'))
     return rows
 
 
@@ -311,7 +313,8 @@ def write_report(spec, run, figures, faults):
         summary = report.summary_table(run.summary, run.models, labels) + report.note(
             f'Mean and bootstrap 95 % interval over the n test subjects for whom the figure is defined. {STAR} Taken '
             'in the brain mask, prediction and truth clipped to the range of the scaling.' + (
-                f' lesion_dice_ceiling: the lesion rule on the real images. {RULE}' if spec.task == 'ctp2dwi' else ''))
+                ' lesion_dice: without a lesion, finding none counts 1. lesion_dice_ceiling: the lesion rule on the '
+                f'real images. {RULE}' if spec.task == 'ctp2dwi' else ''))
     constants = json.loads(json.dumps(config.DEFAULTS))  # tuples become lists, as in the file
     changed = [(name, value, constants.get(name, '-')) for name, value in run.settings.items()
                if value != constants.get(name)]
@@ -341,8 +344,9 @@ def main():
     run = Experiment(cfg.exp)
     spec, fig, faults = make_spec(cfg, run.folder), run.folder / 'fig', {}
     fig.mkdir(exist_ok=True)
-    for old in fig.glob('*.png'):  # a figure that is not drawn any more must not pass for a new one
-        old.unlink()
+    for kind in FIGURES:  # a figure that is not drawn any more must not pass for a new one
+        for old in fig.glob(kind):
+            old.unlink()
     figures = draw_figures(spec, run, fig, faults)
     for path in [*(path for path, _ in figures), write_report(spec, run, figures, faults)]:
         print(path)

@@ -68,20 +68,21 @@ def summary_table(summary, models, labels):
 
 
 def status_table(frame, limit):
-    """test_status.csv as HTML: how well each score tells amyloid positive (true SUVR above `limit`) from negative."""
+    """test_status.csv as HTML: how well each score tells amyloid positive, true SUVR above `limit`, from negative."""
     names = {'synthetic': 'SUVR of the synthetic PET', 'mri_volumes': 'ventricle and grey-matter volume of the MRI'}
     rows = []
     for line in frame.to_dict('records'):
-        ranges = [f'{short(line.get(name))} ({short(line.get(f"{name}_ci_low"))} to {short(line.get(f"{name}_ci_high"))})'
-                  for name in ('auc', 'balanced_accuracy')]
+        parts = [[short(line.get(name + end)) for end in ('', '_ci_low', '_ci_high')]
+                 for name in ('auc', 'balanced_accuracy')]
+        ranges = [f'{mean} ({low} to {high})' for mean, low, high in parts]
         plain = [short(line.get(name)) for name in ('threshold', 'sensitivity', 'specificity')]
         sizes = [' / '.join(f'{line.get(f"{part}_{sign}", math.nan):.0f}' for sign in ('negative', 'positive'))
                  for part in ('n', 'fit')]
         rows.append((names.get(line['score'], line['score']), *ranges, *plain, *sizes))
     head = ('score', 'AUC (95 % CI)', 'balanced accuracy (95 % CI)', 'threshold', 'sensitivity', 'specificity',
             'test subjects, negative / positive', 'fitted on, negative / positive')
-    return pairs(rows, head) + note(f'Positive: SUVR of the true PET above {limit:g}. The threshold of a score is fitted '
-                                    'on training + validation subjects.')
+    text = f'Positive: SUVR of the true PET above {limit:g}. Thresholds are fitted on training + validation subjects.'
+    return pairs(rows, head) + note(text)
 
 
 def table(frame, id=''):

@@ -31,7 +31,8 @@ class CsvLog:
         self.path, self.fields, rows = Path(path), fields, []
         if self.path.is_file():
             with open(self.path, newline='', encoding='utf-8') as f:
-                rows = [r for r in csv.DictReader(f) if None not in r.values() and (r['step'] or 'x').isdigit() and int(r['step']) < step]
+                whole = (r for r in csv.DictReader(f) if None not in r.values() and (r['step'] or 'x').isdigit())
+                rows = [r for r in whole if int(r['step']) < step]
         write_atomic(self.path, lambda f: self._write(f, rows, header=True), 'w')
 
     def _write(self, f, rows, header=False):
@@ -69,15 +70,16 @@ def git_state():
 
 
 class Stage:
-    """The files of one training stage in result/<exp>: lock, log, last_<name> for resuming, the best checkpoint, two CSV curves.
+    """The files of one training stage in result/<exp>: lock, log, last_<name> for resuming, best checkpoint, curves.
 
-    fixed, more: the settings and facts that a resumed run must share with its last_ file. parts (given to `resume`): what has a
-    state_dict. A loss term or gradient norm that is not finite stops the run before anything is saved.
+    fixed, more: the settings and facts that a resumed run must share with its last_ file. parts (given to `resume`):
+    what has a state_dict. A loss term or gradient norm that is not finite stops the run before anything is saved.
     """
 
     def __init__(self, run, cfg, name, fixed, **more):
         self.run, self.cfg, self.name, self.folder = run, cfg, name, Path('result') / cfg.exp
-        self.fixed = {key: getattr(cfg, key) for key in fixed} | dict(precision=run.precision, processes=run.world) | more
+        self.fixed = {key: getattr(cfg, key) for key in fixed}
+        self.fixed |= dict(precision=run.precision, processes=run.world) | more
         self.fixed = json.loads(json.dumps(self.fixed))  # tuples become lists, as in the file
         self.state = dict(step=0, seconds=0.0, evaluated=-1, best=None, best_step=-1, best_row={}, base={})
         self.last = self.folder / f'last_{name}.pth.tar'
@@ -95,8 +97,9 @@ class Stage:
 
     def _set_aside(self):
         """--restart: move this stage's files into old_<n>/ instead of deleting them."""
-        files = [f for f in (self.last, self.folder / f'{BEST[self.name]}.pth.tar', self.folder / f'loss_curve_{self.name}.csv',
-                             self.folder / f'validation_{self.name}.csv') if f.exists()]
+        names = (self.last.name, f'{BEST[self.name]}.pth.tar', f'loss_curve_{self.name}.csv',
+                 f'validation_{self.name}.csv')
+        files = [self.folder / name for name in names if (self.folder / name).exists()]
         if files:
             aside = old_folder(self.folder)
             for f in files:
@@ -115,19 +118,20 @@ class Stage:
         if self.run.main:
             write_atomic(self.folder / 'config.json', lambda f: json.dump(self.cfg.as_dict(), f, indent=1), 'w')
             write_atomic(self.folder / 'git.txt', lambda f: f.write(git_state() + '\n'), 'w')
-        for line in [' '.join([Path(sys.argv[0]).name, *sys.argv[1:]]), *self.cfg.changes(), f'device {self.run.describe()}', text]:
+        command = ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        for line in [command, *self.cfg.changes(), f'device {self.run.describe()}', text]:
             self.log(line)
 
     def resume(self, steps, terms, metrics, epoch_steps, **parts):
-        """Load last_<name> if it is there, check the fixed settings, open the CSVs. Returns False if the stage is finished already."""
+        """Load last_<name> if it is there, check the fixed settings, open the CSVs. False if the stage is finished."""
         self.parts, self.steps, self.terms, self.epoch_steps, self.pending = parts, steps, terms, epoch_steps, []
         if self.last.exists():
             data = load_checkpoint(self.last, f'last_{self.name}')
             for key, value in self.fixed.items():
                 old = data['fixed'].get(key)
                 if old != value:
-                    raise RunError(f"{self.last} was trained with {key} = {old!r}, now it is {value!r}; set it back, choose another --exp, "
-                                   'or begin anew with --restart')
+                    raise RunError(f"{self.last} was trained with {key} = {old!r}, now it is {value!r}; set it back, "
+                                   'choose another --exp, or begin anew with --restart')
             for name, part in parts.items():
                 if isinstance(part, torch.nn.Module):
                     load_weights(part, data['parts'][name], self.last)
@@ -135,12 +139,15 @@ class Stage:
                     part.load_state_dict(data['parts'][name])
             self.state = data['state']
             if self.step >= steps and self.state['evaluated'] >= steps:
-                self.log(f'stage {self.name} is finished ({self.step} of {steps} steps); raise {self.name}_steps to go on, or --restart to begin anew')
+                self.log(f'stage {self.name} is finished ({self.step} of {steps} steps); raise {self.name}_steps '
+                         'to go on, or --restart to begin anew')
                 return False
             self.log(f'resuming stage {self.name} at step {self.step} of {steps}')
         if self.run.main:
-            self.loss_csv = CsvLog(self.folder / f'loss_curve_{self.name}.csv', ['step', 'epoch', 'lr', *terms, 'seconds'], self.step)
-            self.val_csv = CsvLog(self.folder / f'validation_{self.name}.csv', ['step', *metrics], self.state['evaluated'] + 1)
+            fields, metric_fields = ['step', 'epoch', 'lr', *terms, 'seconds'], ['step', *metrics]
+            evaluated = self.state['evaluated']
+            self.loss_csv = CsvLog(self.folder / f'loss_curve_{self.name}.csv', fields, self.step)
+            self.val_csv = CsvLog(self.folder / f'validation_{self.name}.csv', metric_fields, evaluated + 1)
         self.start = time.perf_counter()
         self.bar = tqdm(total=steps, initial=self.step, desc=self.name, unit='step', disable=not self.run.main,
                         mininterval=0.5 if sys.stderr.isatty() else 15)
@@ -151,7 +158,7 @@ class Stage:
         return self.state['seconds'] + time.perf_counter() - self.start
 
     def record(self, step, lr, names, **values):
-        """Note one step: its loss terms, tensors (B,) or scalars; names() gives the subjects of the batch. Written every ten steps."""
+        """Note one step: its loss terms, tensors (B,) or scalars; names() gives the subjects. Written every ten."""
         values = {k: v.detach().float() for k, v in values.items()}
         self.pending.append((step, int(step / self.epoch_steps), lr, values, names, self.elapsed()))
         self.state['step'] = step + 1
@@ -164,14 +171,18 @@ class Stage:
         rows = []
         for step, epoch, lr, values, names, seconds in self.pending:
             for term, v in values.items():
-                if not bool(torch.isfinite(v).all()) and not (term == 'grad_norm' and self.run.precision == 'fp16'):  # fp16: the scaler skips the step
+                skipped = term == 'grad_norm' and self.run.precision == 'fp16'  # the loss scaler skips such a step
+                if not skipped and not bool(torch.isfinite(v).all()):
                     who = names()
                     if v.ndim and len(who) == len(v):
-                        who = [name for name, ok in zip(who, torch.isfinite(v).tolist()) if not ok]
-                    raise RunError(f"stage {self.name}, step {step}: '{term}' is not finite (subjects {', '.join(dict.fromkeys(who))}); nothing was saved "
-                                   'since; check these subjects with python dataset.py, lower the learning rate or use --precision fp32')
+                        who = [name for name, ok in zip(who, torch.isfinite(v).tolist(), strict=True) if not ok]
+                    who = ', '.join(dict.fromkeys(who))
+                    raise RunError(f"stage {self.name}, step {step}: '{term}' is not finite (subjects {who}); nothing "
+                                   'was saved since; check these subjects with python dataset.py, lower the learning '
+                                   'rate or use --precision fp32')
             means = self.run.mean(torch.stack([values[k].mean() for k in self.terms]))
-            rows.append(dict(zip(self.terms, means.tolist()), step=step, epoch=epoch, lr=lr, seconds=seconds))
+            row = dict(zip(self.terms, means.tolist(), strict=True))
+            rows.append(row | dict(step=step, epoch=epoch, lr=lr, seconds=seconds))
         if rows and self.run.main:
             self.loss_csv.add(rows)
             self.bar.set_postfix({k: f'{rows[-1][k]:.3g}' for k in self.terms[:3]})
@@ -207,15 +218,17 @@ class Stage:
     def save_best(self, **data):
         """Write the checkpoint for use: CHECKPOINT_*.pth.tar."""
         if self.run.main:
-            save_checkpoint(self.folder / f'{BEST[self.name]}.pth.tar', dict(data, kind=self.name, step=self.step, validation=self.state['best_row']))
+            facts = dict(kind=self.name, step=self.step, validation=self.state['best_row'])
+            save_checkpoint(self.folder / f'{BEST[self.name]}.pth.tar', data | facts)
 
     def save_if_due(self, step):
-        """After a validation and every save_every steps: everything needed to go on, in one file, written beside and moved."""
+        """After a validation and every save_every steps: all that is needed to go on, in one file."""
         if not (step == self.state['evaluated'] or step % self.cfg.save_every == 0):
             return
         self.flush()
         if self.run.main:
-            save_checkpoint(self.last, dict(kind=f'last_{self.name}', state=dict(self.state, seconds=self.elapsed()), fixed=self.fixed,
+            state = dict(self.state, seconds=self.elapsed())
+            save_checkpoint(self.last, dict(kind=f'last_{self.name}', state=state, fixed=self.fixed,
                                             parts={k: p.state_dict() for k, p in self.parts.items()}))
 
     def close(self):

@@ -20,18 +20,19 @@ from model import AAE, Discriminator, count_parameters
 from stage import Stage
 
 TERMS = ['loss', 'l1', 'adversarial', 'discriminator', 'grad_norm']
-FIXED = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'scaling', 'unit_scale', 'latent_channels', 'normalise_latents', 'aae_channels', 'aae_blocks',
-         'disc_channels', 'w_adversarial', 'flip', 'shift', 'ema', 'seed', 'batch_size', 'aae_lr')
+FIXED = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'scaling', 'unit_scale', 'latent_channels',
+         'normalise_latents', 'aae_channels', 'aae_blocks', 'disc_channels', 'w_adversarial', 'flip', 'shift', 'ema',
+         'seed', 'batch_size', 'aae_lr')
 
 
 def adversarial_weight(step, cfg):
-    """Weight of the adversarial term: 0 until disc_start (the discriminator trains alone), then a ramp over disc_ramp steps."""
+    """Weight of the adversarial term: 0 until disc_start (the discriminator trains alone), then a ramp."""
     return cfg.w_adversarial * min(1, max(0, (step - cfg.disc_start + 1) / max(1, cfg.disc_ramp)))
 
 
 @torch.no_grad()
 def latent_statistics(run, aae, cohort, batch_size):
-    """Mean and std of the latents per channel over the training set (shared by the processes), written into the AAE's buffers."""
+    """Mean and std of the latents per channel over the training set, written into the AAE's buffers."""
     aae.latent_mean.zero_()
     aae.latent_std.fill_(1)
     sums = torch.zeros(3, aae.args['latent_channels'], dtype=torch.float64)
@@ -49,19 +50,21 @@ def latent_statistics(run, aae, cohort, batch_size):
 
 
 def validate(run, aae, spec, ids, batch_size):
-    """Means of psnr, ssim, mae (and lesion_mae) of the reconstructions over the validation subjects, on each subject's own grid."""
+    """Means of metrics.quick_row of the reconstructions over the validation subjects, on each subject's own grid."""
     rows, ranges = [], {name: dataset.scaling_range(spec, name) for name in spec.targets}
     for id in ids[run.rank::run.world]:
         subject = dataset.load_subject(spec, id)
         pred = subject.to_native(utils.in_batches(run, aae, batch_size, subject.target))
-        rows.append(metrics.quick_row(pred, subject.truth(), subject.native_mask, subject.native_lesion, ranges, spec.task, axis=subject.axial_axis))
+        rows.append(metrics.quick_row(pred, subject.truth(), subject.native_mask, subject.native_lesion, ranges,
+                                      spec.task, axis=subject.axial_axis))
     return pd.DataFrame(run.gather(rows)).mean().to_dict()
 
 
 def mean_image(cohort):
     """The training set's mean target: {'image': (N, K, *S) float32, 'centre': the slice at the brain's middle}.
 
-    Slices of different subjects are matched by their distance from the middle one. A baseline that every model must beat.
+    Slices of different subjects are matched by their distance from the middle one. A baseline that every model must
+    beat.
     """
     lengths = np.diff([0, *cohort.ends])
     centre = int(max((n - 1) // 2 for n in lengths))
@@ -89,7 +92,8 @@ def main():
     some = np.linspace(0, len(cohort) - 1, min(256, len(cohort))).astype(int)
     aae.start_from_blocks(cohort.__getitems__(some)['target'].to(run.device))
     opt, disc_opt, ema = utils.adam(aae.parameters()), utils.adam(disc.parameters()), utils.EMA(aae, cfg.ema)
-    stage.describe(f'autoencoder {count_parameters(aae):,} parameters, discriminator {count_parameters(disc):,}, {len(train_ids)} training subjects, '
+    stage.describe(f'autoencoder {count_parameters(aae):,} parameters, discriminator {count_parameters(disc):,}, '
+                   f'{len(train_ids)} training subjects, '
                    f'{len(cohort)} samples, effective batch {cfg.batch_size * run.world}')
     if not stage.resume(cfg.aae_steps, TERMS, metrics.QUICK, len(cohort) / cfg.batch_size / run.world,
                         aae=aae, disc=disc, opt=opt, disc_opt=disc_opt, ema=ema, scaler=run.scaler):
@@ -135,7 +139,7 @@ def main():
                 discriminator = losses.hinge_discriminator(*scores.chunk(2))
                 run.backward(discriminator.mean() / cfg.accumulate)
             run.backward((100 * l1 + weight * adversarial).mean() / cfg.accumulate)
-            for name, value in zip(terms, (l1, adversarial, discriminator)):
+            for name, value in zip(terms, (l1, adversarial, discriminator), strict=True):
                 terms[name].append(value.detach())
         norm = run.update(opt, 100 * cfg.grad_clip)  # the loss is 100 x L1
         if cfg.w_adversarial > 0:
@@ -143,7 +147,8 @@ def main():
         run.scaler_step()
         ema.update(aae, step)
         terms = {name: torch.cat(values).float() for name, values in terms.items()}
-        stage.record(step, lr, lambda batch=batch: cohort.names(batch), loss=100 * terms['l1'] + weight * terms['adversarial'], **terms, grad_norm=norm)
+        total = 100 * terms['l1'] + weight * terms['adversarial']
+        stage.record(step, lr, lambda batch=batch: cohort.names(batch), loss=total, **terms, grad_norm=norm)
     stage.close()
 
 

@@ -3,7 +3,7 @@ Stage 2: train the conditional U-Net on the autoencoder's latents.
 
 python train_unet.py                       settings in config.py, results in result/<exp>/
 python train_unet.py --batch_size 16       the same with one setting changed
-python train_unet.py --regression True     instead the baseline: a plain U-Net from source to target, without latents or diffusion
+python train_unet.py --regression True     instead the baseline: a plain U-Net from source to target, no diffusion
 torchrun --nproc_per_node=4 train_unet.py  several GPUs; run any of these again to resume, --restart begins anew
 """
 
@@ -19,9 +19,10 @@ from infer import Model, Sampling, fit_quality, load_aae, translate, validate
 from model import PixelUNet, UNet, count_parameters, fingerprint
 from stage import Stage
 
-DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'frames', 'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'ema', 'seed', 'batch_size', 'lr')
-FIXED = DATA + ('unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout', 'predict', 'schedule', 'timesteps', 'loss_weight',
-                'last_step_share', 'label_drop')
+DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'frames', 'scaling', 'unit_scale', 'num_classes',
+        'flip', 'shift', 'ema', 'seed', 'batch_size', 'lr')
+FIXED = DATA + ('unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout', 'predict',
+                'schedule', 'timesteps', 'loss_weight', 'last_step_share', 'label_drop')
 FIXED_REGRESSION = DATA + ('regression_channels', 'w_image', 'w_lesion')
 
 
@@ -30,29 +31,36 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
     model, aae = load_aae(cfg, run)
     stage = Stage(run, cfg, 'unet', FIXED, lists=utils.seed_key(train_ids, validation_ids), aae=fingerprint(model.aae))
     with stage.main_first():
-        labels = dataset.read_labels(cfg.data_info, train_ids, spec.num_classes) if spec.num_classes else None  # never those of other splits
+        # The labels of other splits are never read.
+        labels = dataset.read_labels(cfg.data_info, train_ids, spec.num_classes) if spec.num_classes else None
         cohort = dataset.Cohort(spec, train_ids, labels)
     utils.seed_everything(cfg.seed, 'unet weights')
-    unet = run.place(UNet(cfg.spatial_dims, aae['args']['latent_channels'], cohort.source_channels, cfg.unet_channels, cfg.unet_blocks, cfg.unet_attention,
-                cfg.cond_channels, cfg.cond_width, cfg.num_classes, cfg.dropout, cfg.checkpointing))
+    unet = run.place(UNet(cfg.spatial_dims, aae['args']['latent_channels'], cohort.source_channels, cfg.unet_channels,
+                          cfg.unet_blocks, cfg.unet_attention, cfg.cond_channels, cfg.cond_width, cfg.num_classes,
+                          cfg.dropout, cfg.checkpointing))
     diffusion = Diffusion(cfg.predict, cfg.schedule, cfg.timesteps, cfg.loss_weight, cfg.last_step_share).to(run.device)
     opt, ema = utils.adam(unet.parameters()), utils.EMA(unet, cfg.ema)
-    stage.describe(f'U-Net {count_parameters(unet):,} parameters, {len(train_ids)} training subjects, {len(cohort)} samples, '
-                   f'effective batch {cfg.batch_size * run.world}')
-    if not stage.resume(cfg.unet_steps, ['loss', 'grad_norm'], metrics.QUICK, len(cohort) / cfg.batch_size / run.world, unet=unet, opt=opt, ema=ema, scaler=run.scaler):
+    stage.describe(f'U-Net {count_parameters(unet):,} parameters, {len(train_ids)} training subjects, '
+                   f'{len(cohort)} samples, effective batch {cfg.batch_size * run.world}')
+    if not stage.resume(cfg.unet_steps, ['loss', 'grad_norm'], metrics.QUICK, len(cohort) / cfg.batch_size / run.world,
+                        unet=unet, opt=opt, ema=ema, scaler=run.scaler):
         return
     qc = fit_quality(spec, cohort, validation_ids) if run.main else None
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.step, run.rank, run.world, cfg.workers)
     current, how = Model(model.aae, ema.net, diffusion), Sampling.of(cfg)
 
+    def predict(subject):
+        return translate(run, current, subject.source, subject.id, how)
+
     for step in range(stage.step, cfg.unet_steps + 1):
         last = step == cfg.unet_steps  # one extra round, so that the final weights are evaluated and saved
 
-        # Evaluate the averaged weights by the very code that inference runs; the row at step 0 is the untrained network.
+        # Evaluate the averaged weights by the very code that inference runs; row 0 is the untrained network.
         if stage.must_evaluate(step):
-            row = validate(run, lambda subject: translate(run, current, subject.source, subject.id, how), spec, validation_ids)
+            row = validate(run, predict, spec, validation_ids)
             if stage.validated(step, row, score=row['psnr']):
-                stage.save_best(net=ema.net.state_dict(), args=unet.args, diffusion=diffusion.args, aae=fingerprint(model.aae), prep=spec.travel(), qc=qc)
+                stage.save_best(net=ema.net.state_dict(), args=unet.args, diffusion=diffusion.args,
+                                aae=fingerprint(model.aae), prep=spec.travel(), qc=qc)
         stage.save_if_due(step)
         if last:
             break
@@ -67,7 +75,8 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
         lr = utils.lr_at(step, cfg.unet_steps, cfg.lr, cfg.warmup)
         utils.set_lr(opt, lr)
         parts = []
-        for z, tt, e, source, y in zip(*[x.chunk(cfg.accumulate) for x in (z_0, t, eps, batch['source'], label)]):
+        chunks = [x.chunk(cfg.accumulate) for x in (z_0, t, eps, batch['source'], label)]
+        for z, tt, e, source, y in zip(*chunks, strict=True):
             with run.autocast():
                 parts.append(diffusion.loss(unet, z, tt, e, source=source, label=y)[0])
             run.backward(parts[-1].mean() / cfg.accumulate)
@@ -79,23 +88,30 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
 
 
 def train_regression(cfg, run, spec, train_ids, validation_ids):
-    """The baseline: PixelUNet(source) -> target under the pixel losses of stage 3 (--w_lesion 0 for one without lesion weight)."""
+    """The baseline: PixelUNet(source) -> target under the pixel losses of stage 3 (--w_lesion 0: no lesion weight)."""
     stage = Stage(run, cfg, 'regression', FIXED_REGRESSION, lists=utils.seed_key(train_ids, validation_ids))
     with stage.main_first():
-        labels = dataset.read_labels(cfg.data_info, train_ids, spec.num_classes) if spec.num_classes else None  # never those of other splits
+        # The labels of other splits are never read.
+        labels = dataset.read_labels(cfg.data_info, train_ids, spec.num_classes) if spec.num_classes else None
         cohort = dataset.Cohort(spec, train_ids, labels)
     utils.seed_everything(cfg.seed, 'regression weights')
-    net = run.place(PixelUNet(cfg.spatial_dims, cohort.source_channels, cohort.target_channels, cfg.regression_channels))
+    channels = cohort.source_channels, cohort.target_channels
+    net = run.place(PixelUNet(cfg.spatial_dims, *channels, cfg.regression_channels))
     opt, ema = utils.adam(net.parameters()), utils.EMA(net, cfg.ema)
     stage.describe(f'regression U-Net {count_parameters(net):,} parameters')
-    if not stage.resume(cfg.regression_steps, ['loss', 'image', 'lesion', 'grad_norm'], metrics.QUICK, len(cohort) / cfg.batch_size / run.world, net=net, opt=opt, ema=ema, scaler=run.scaler):
+    terms = ['loss', 'image', 'lesion', 'grad_norm']
+    if not stage.resume(cfg.regression_steps, terms, metrics.QUICK, len(cohort) / cfg.batch_size / run.world,
+                        net=net, opt=opt, ema=ema, scaler=run.scaler):
         return
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.step, run.rank, run.world, cfg.workers)
     current, how = Model(None, regression=ema.net), Sampling.of(cfg)
 
+    def predict(subject):
+        return translate(run, current, subject.source, subject.id, how)
+
     for step in range(stage.step, cfg.regression_steps + 1):
         if stage.must_evaluate(step):
-            row = validate(run, lambda subject: translate(run, current, subject.source, subject.id, how), spec, validation_ids)
+            row = validate(run, predict, spec, validation_ids)
             if stage.validated(step, row, score=row['psnr']):
                 stage.save_best(net=ema.net.state_dict(), args=net.args, prep=spec.travel())
         stage.save_if_due(step)
@@ -107,7 +123,8 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
         lr = utils.lr_at(step, cfg.regression_steps, cfg.lr, cfg.warmup)
         utils.set_lr(opt, lr)
         image, region = [], []
-        for source, target, mask, lesion in zip(*[batch[k].chunk(cfg.accumulate) for k in ('source', 'target', 'mask', 'lesion')]):
+        chunks = [batch[name].chunk(cfg.accumulate) for name in ('source', 'target', 'mask', 'lesion')]
+        for source, target, mask, lesion in zip(*chunks, strict=True):
             with run.autocast():
                 pred = net(source).float()
             image.append(losses.region_l1(pred, target, mask))
@@ -117,7 +134,9 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
         run.scaler_step()
         ema.update(net, step)
         image, region = torch.cat(image), torch.cat(region)
-        stage.record(step, lr, lambda batch=batch: cohort.names(batch), loss=cfg.w_image * image + cfg.w_lesion * region, image=image, lesion=region, grad_norm=norm)
+        total = cfg.w_image * image + cfg.w_lesion * region
+        stage.record(step, lr, lambda batch=batch: cohort.names(batch), loss=total,
+                     image=image, lesion=region, grad_norm=norm)
     stage.close()
 
 

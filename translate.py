@@ -17,7 +17,7 @@ from model import AAE, PixelUNet, UNet, fingerprint
 
 @dataclass
 class Model:
-    """The networks of one experiment and what is needed to apply them. `detail` is None before stage 3 or without detail branch."""
+    """The networks of one experiment and what is needed to apply them; `detail` may be None."""
     aae: AAE
     unet: UNet = None
     diffusion: Diffusion = None
@@ -30,7 +30,7 @@ class Model:
     origin: str = ''         # which checkpoint, for people
 
     def decode(self, z_0, source):
-        """Latents (B, c, *s) and source (B, C, *S) -> images (B, K, *S): D(z_0), plus R(source, D(z_0)) with a detail branch."""
+        """Latents (B, c, *s), source (B, C, *S) -> images (B, K, *S): D(z_0) [+ R(source, D(z_0))]."""
         pred = self.aae.decode(z_0)
         return pred if self.detail is None else pred + self.detail(torch.cat([source, pred.to(source.dtype)], dim=1))
 
@@ -88,8 +88,9 @@ def load_model(cfg, run, stage='auto'):
     path = checkpoint_path(cfg, stage)
     data = utils.load_checkpoint(path, stage)
     if data.get('aae') not in (None, fingerprint(model.aae)):
-        raise utils.RunError(f"{path} was trained on another autoencoder (fingerprint {data['aae']}) than {checkpoint_path(cfg, 'aae')} holds "
-                             f'({fingerprint(model.aae)}); run train_unet.py --restart, then post_train.py --restart')
+        raise utils.RunError(f"{path} was trained on another autoencoder (fingerprint {data['aae']}) than "
+                             f"{checkpoint_path(cfg, 'aae')} holds ({fingerprint(model.aae)}); "
+                             'run train_unet.py --restart, then post_train.py --restart')
     model.stage, model.qc = stage, data.get('qc')
     model.origin, model.prep = f"{utils.BEST[stage]} (EMA weights) at step {data['step']}", data['prep']
     if stage == 'regression':
@@ -110,17 +111,18 @@ def load_model(cfg, run, stage='auto'):
 # Source -> prediction
 
 def starting_noise(key, shape, k, device):
-    """A function drawing noise (1, c, *s) for the k-th sample of a subject, keyed by seed and subject, not by batch or process."""
+    """A function drawing noise (1, c, *s) for a subject's k-th sample, keyed by seed and subject, not by batch."""
     generator = torch.Generator().manual_seed(utils.seed_key('noise', *key, k))
     return lambda: torch.randn((1, *shape), generator=generator).to(device)
 
 
 @torch.no_grad()
 def translate(run, model, source, key, how, label=None):
-    """Translate the items of one subject: source (N, C, *S) -> pred (N, K, *S), std (N, K, *S) or None, float32 arrays in [-1, 1] scaling.
+    """Translate the items of one subject: source (N, C, *S) -> pred (N, K, *S), std (N, K, *S) or None, as scaled.
 
-    All slices start from the same noise, keyed by `key` = subject ID. how.samples latents are averaged before decoding; std is over the
-    decoded samples. label: class number, or None for unknown. ValueError if one_step is asked of an eps network.
+    All slices start from the same noise, keyed by `key` = subject ID. how.samples latents are averaged before decoding;
+    std is over the decoded samples. label: class number, or None for unknown. ValueError if one_step is asked of an eps
+    network.
     """
     preds, stds = [], []
     for chunk in torch.from_numpy(np.ascontiguousarray(source)).split(how.eval_batch):
@@ -159,7 +161,7 @@ def _sample_latents(model, source, key, k, how, label):
 
 
 def mean_prediction(mean_image, subject):
-    """The training set's mean image laid onto a subject, slices matched by their distance from the brain's middle one."""
+    """The training set's mean image on a subject's grid, slices matched by distance from the brain's middle one."""
     rows = np.flatnonzero(subject.mask.reshape(len(subject.mask), -1).any(1))
     image, offset = mean_image['image'].numpy(), mean_image['centre'] - int(rows[0] + rows[-1]) // 2
     return image[np.clip(np.arange(len(subject.mask)) + offset, 0, len(image) - 1)]

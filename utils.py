@@ -1,8 +1,8 @@
 """
 Plumbing that knows no image: device, precision, processes, seeds, learning rate, weight average, checkpoints.
 
-Randomness is keyed by (seed, rank, step) and schedules are functions of the step: all that a checkpoint must hold are weights
-and optimisers.
+Randomness is keyed by (seed, rank, step) and schedules are functions of the step: all that a checkpoint must hold are
+weights and optimisers.
 """
 
 import copy
@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-BEST = dict(aae='CHECKPOINT_AAE', unet='CHECKPOINT_Unet', post='CHECKPOINT_Unet_post', regression='CHECKPOINT_regression')
+BEST = dict(aae='CHECKPOINT_AAE', unet='CHECKPOINT_Unet', post='CHECKPOINT_Unet_post',
+            regression='CHECKPOINT_regression')
 
 
 class RunError(RuntimeError):
@@ -27,16 +28,18 @@ class RunError(RuntimeError):
 
 
 def cli(main):
-    """Run a script's main(): what the user can mend ends in one sentence on standard error and exit code 1, not in a traceback."""
+    """Run a script's main(): what the user can mend ends in one sentence on standard error and exit code 1."""
     try:
         main()
     except KeyboardInterrupt:
         sys.exit('interrupted; run the same command again to go on')
     except torch.OutOfMemoryError:
-        sys.exit('out of memory: lower batch_size or eval_batch, set accumulate or checkpointing, or choose a smaller image_size')
+        sys.exit('out of memory: lower batch_size or eval_batch, set accumulate or checkpointing, '
+                 'or choose a smaller image_size')
     except OSError as err:
-        sys.exit(f"{err.filename or 'a file'}: {err.strerror or err}" + (
-            '; free some space and run the same command again' if err.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT) else ''))
+        full = err.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        sys.exit(f"{err.filename or 'a file'}: {err.strerror or err}"
+                 + ('; free some space and run the same command again' if full else ''))
     except Exception as err:
         if not getattr(err, 'one_sentence', False):
             raise
@@ -59,7 +62,7 @@ def fast_bf16():
 
 
 class Run:
-    """Where and how to compute: device, autocast, processes (torchrun), and the backward pass. One process is no special case."""
+    """Where and how to compute: device, autocast, processes (torchrun), backward. One process is no special case."""
 
     def __init__(self, device='auto', precision='auto'):
         self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
@@ -70,7 +73,8 @@ class Run:
             self.device = torch.device(device)
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as err:
-            raise RunError(f"device '{device}' cannot be used here: {str(err).splitlines()[0]}; use auto, cpu or cuda:N") from None
+            raise RunError(f"device '{device}' cannot be used here: {str(err).splitlines()[0]}; "
+                           'use auto, cpu or cuda:N') from None
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo')
         if self.device.type == 'cuda':
@@ -78,7 +82,8 @@ class Run:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
             torch.backends.cudnn.benchmark = True
         if precision == 'auto':
-            fast = torch.cuda.is_bf16_supported() if self.device.type == 'cuda' else self.device.type == 'cpu' and fast_bf16()
+            cuda = self.device.type == 'cuda'
+            fast = torch.cuda.is_bf16_supported() if cuda else self.device.type == 'cpu' and fast_bf16()
             precision = 'bf16' if fast else 'fp32'
         if precision == 'fp16' and self.device.type != 'cuda':
             raise RunError(f"precision 'fp16' needs a CUDA device, not {self.device}; use bf16 or fp32")
@@ -91,7 +96,8 @@ class Run:
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != 'fp32')
 
     def describe(self):
-        name = torch.cuda.get_device_name(self.device) if self.device.type == 'cuda' else f'{torch.get_num_threads()} threads'
+        cuda = self.device.type == 'cuda'
+        name = torch.cuda.get_device_name(self.device) if cuda else f'{torch.get_num_threads()} threads'
         return f'{self.device} ({name}), {self.precision}, {self.world} process{"es" * (self.world > 1)}'
 
     def place(self, net):
@@ -130,7 +136,7 @@ class Run:
         if self.world > 1:
             flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in params])
             self.mean(flat)
-            for p, g in zip(params, flat.split([p.numel() for p in params])):
+            for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
                 p.grad = g.view_as(p)
         self.scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(params, clip)
@@ -183,7 +189,7 @@ def adam(params, **kwargs):
 
 
 class EMA:
-    """Exponential moving average of the parameters and buffers; its decay grows as (1 + step) / (10 + step) up to `decay`."""
+    """Moving average of parameters and copy of buffers; its decay grows as (1 + step) / (10 + step) up to `decay`."""
 
     def __init__(self, net, decay):
         self.net, self.decay = copy.deepcopy(net).eval().requires_grad_(False), decay
@@ -192,7 +198,7 @@ class EMA:
     def update(self, net, step):
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(list(self.net.parameters()), list(net.parameters()), 1 - decay)
-        for mine, theirs in zip(self.net.buffers(), net.buffers()):
+        for mine, theirs in zip(self.net.buffers(), net.buffers(), strict=True):
             mine.copy_(theirs)
 
     def state_dict(self):
@@ -230,19 +236,24 @@ def save_checkpoint(path, data):
 
 
 def load_checkpoint(path, kind):
-    """The dict in a checkpoint of this kind. RunError (one sentence) if it is missing, damaged, foreign or unsafe; executes nothing."""
-    path, maker = Path(path), {'aae': 'train_aae.py', 'unet': 'train_unet.py', 'post': 'post_train.py', 'regression': 'train_unet.py --regression True'}
+    """The dict in a checkpoint of this kind. RunError if missing, damaged, foreign or unsafe; executes nothing."""
+    path, maker = Path(path), {'aae': 'train_aae.py', 'unet': 'train_unet.py', 'post': 'post_train.py',
+                               'regression': 'train_unet.py --regression True'}
     if not path.is_file():
-        raise RunError(f'{path} does not exist; run python {maker.get(kind, "the stage before")} first (or set exp or init_from)')
+        raise RunError(f'{path} does not exist; run python {maker.get(kind, "the stage before")} first '
+                       '(or set exp or init_from)')
     try:
         data = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
-        raise RunError(f'{path} is refused: it is damaged or holds more than plain tensors and numbers, and loading it could execute code') from None
+        raise RunError(f'{path} is refused: it is damaged or holds more than plain tensors and numbers, '
+                       'and loading it could execute code') from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
-        raise RunError(f'{path} is truncated or not a checkpoint; delete it and run the stage that writes it again') from None
+        raise RunError(f'{path} is truncated or not a checkpoint; delete it and run the stage that writes it '
+                       'again') from None
     found = data.get('kind') if isinstance(data, dict) else None
     if found != kind:
-        raise RunError(f"{path} is not a checkpoint of kind '{kind}' of this software (found {found!r}); is the path right?")
+        raise RunError(f"{path} is not a checkpoint of kind '{kind}' of this software (found {found!r}); "
+                       'is the path right?')
     return data
 
 

@@ -2,6 +2,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_data import affine, amyloid_settings, settings, write_amyloid, write_stroke
+from matplotlib.figure import Figure
 
 import dataset
 import experiment
@@ -37,10 +39,10 @@ def write_curves(folder, stages=('aae', 'unet', 'post')):
         terms = {'loss': 2 * np.exp(-step / 20) + 0.1, 'adversarial': np.where(step > 20, -0.3, 0.0)}
         curve = dict(step=step, epoch=step // 10, lr=1e-3, **terms, grad_norm=1.0, seconds=step * 0.5)
         pd.DataFrame(curve).to_csv(folder / f'loss_curve_{stage}.csv', index=False)
-        row = dict(step=[0, 20, 40], psnr=[15, 20, 21.5], ssim=[0.3, 0.5, 0.6], mae=[0.2, 0.1, 0.08], lesion_mae=[0.3, 0.2, 0.1])
-        pd.DataFrame(row).to_csv(folder / f'validation_{stage}.csv', index=False)
-    log = ''.join(f'2026-01-01 00:00:00 {stage}: stage {stage} done: best at step 40 (psnr 21.5), 9 s\n' for stage in stages)
-    (folder / 'log.txt').write_text(log)
+        rows = dict(step=[0, 20, 40], psnr=[15, 20, 21.5], ssim=[0.3, 0.5, 0.6], mae=[0.2, 0.1, 0.08])
+        pd.DataFrame(dict(rows, lesion_mae=[0.3, 0.2, 0.1])).to_csv(folder / f'validation_{stage}.csv', index=False)
+    log = '2026-01-01 00:00:00 {0}: stage {0} done: best at step 40 (psnr 21.5), 9 s\n'
+    (folder / 'log.txt').write_text(''.join(map(log.format, stages)))
     (folder / 'git.txt').write_text('0123456789abcdef\n')
 
 
@@ -50,16 +52,16 @@ def write_result(cfg, ids, noise=0.05, with_std=True, seed=0):
     write_curves(folder)
     (folder / 'config.json').write_text(json.dumps(cfg.as_dict()))
     ranges = {target: dataset.scaling_range(spec, target) for target in spec.target_names}
-    record = dict(checkpoint='CHECKPOINT_Unet_post (EMA weights) at step 40', sampler='ddim', num_steps=7, samples=3, guidance=1.0,
-                  label='unknown', seed=0, units=dict.fromkeys(ranges, 'some unit'), split='test')
+    record = dict(checkpoint='CHECKPOINT_Unet_post (EMA weights) at step 40', sampler='ddim', num_steps=7, samples=3,
+                  guidance=1.0, label='unknown', seed=0, units=dict.fromkeys(ranges, 'some unit'), split='test')
     rows, scale = {name: [] for name in ('', 'unet', 'aae', 'mean')}, dict(unet=2.0, aae=0.5, mean=4.0)
     for id in ids:
         subject = dataset.load_subject(spec, id)
         truth, mask = subject.truth(), subject.native_mask
         for name, table in rows.items():
             width = {t: noise * scale.get(name, 1) * (hi - lo) for t, (lo, hi) in ranges.items()}
-            pred = {t: np.where(mask, np.clip(image + rng.normal(0, width[t], mask.shape), *ranges[t]), 0).astype(np.float32)
-                    for t, image in truth.items()}
+            noisy = {t: image + rng.normal(0, width[t], mask.shape) for t, image in truth.items()}
+            pred = {t: np.clip(image, *ranges[t]) * mask for t, image in noisy.items()}
             row = metrics.subject_row(pred, truth, mask, subject.native_lesion, subject.spacing, ranges, spec.task,
                                       axis=subject.axial_axis)
             if not name:
@@ -105,13 +107,18 @@ def make_amyloid():
     for i, id in enumerate(STROKE_IDS):
         path = f'data/whole_Abeta/{id}.nii'
         img = nib.load(path)
-        nib.save(nib.Nifti1Image(img.get_fdata(dtype=np.float32) * np.float32(0.75 + 0.08 * i), img.affine, img.header), path)
+        array = img.get_fdata(dtype=np.float32) * np.float32(0.75 + 0.08 * i)
+        nib.save(nib.Nifti1Image(array, img.affine, img.header), path)
     return write_result(amyloid_settings(), STROKE_IDS)
 
 
 def run_plot(monkeypatch, cfg):
-    monkeypatch.setattr(plot.config, 'load', lambda *_: cfg)
-    plot.main()
+    """plot.py with these settings, its pictures coarse to save time."""
+    save_figure = Figure.savefig
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, 'savefig', lambda self, path, **more: save_figure(self, path, **{**more, 'dpi': 30}))
+        patch.setattr(plot.config, 'load', lambda *_: cfg)
+        plot.main()
 
 
 class Page(HTMLParser):
@@ -172,15 +179,16 @@ def test_stroke(monkeypatch, capsys):
     stale = folder / 'fig' / 'montage_gone.png'
     stale.parent.mkdir()
     stale.write_bytes(b'old')
+    (folder / 'fig' / 'mine.png').write_bytes(b'kept')
     run_plot(monkeypatch, settings())
-    files = {path.name for path in (folder / 'fig').iterdir()}
-    assert FIGURES < files and not stale.exists()
+    files = {path.name for path in (folder / 'fig').iterdir()} - {'mine.png'}
+    assert FIGURES < files and not stale.exists() and (folder / 'fig' / 'mine.png').exists()
     assert f'montage_{STROKE_IDS[2]}.png' in files and len(files) == len(FIGURES) + 4
     printed = capsys.readouterr().out.split('\n')
     assert {Path(line).name for line in printed if line} == files | {'report.html'}
     page = check_page(folder)
-    for text in ('0123456789abcdef', 'CHECKPOINT_Unet_post (EMA weights) at step 40', 'ddim, 7 steps, 3 samples', 'no label',
-                 'no lesion', 'image_size', 'regression' if False else 'stage 2, before post-training'):
+    for text in ('0123456789abcdef', 'CHECKPOINT_Unet_post (EMA weights) at step 40', 'ddim, 7 steps, 3 samples',
+                 'this task has no label', 'no lesion', 'stage 2, before post-training'):
         assert text in page.text
     assert 'Not there' not in page.text
     assert ['image_size', '[16, 20]', '[64, 72]'] in page.rows
@@ -218,7 +226,7 @@ def test_tables_without_images_and_images_without_truth(monkeypatch):
     assert files == {'montage.png', 'curves.png', *(f'montage_{id}.png' for id in STROKE_IDS[:4])}
     assert 'the first four subjects' in Page(folder / 'report.html').text
 
-    utils.shutil.rmtree(folder / 'pred')
+    shutil.rmtree(folder / 'pred')
     write_stroke(ids=STROKE_IDS)
     run_plot(monkeypatch, settings())
     assert {path.name for path in (folder / 'fig').iterdir()} == {'curves.png'}
@@ -226,6 +234,8 @@ def test_tables_without_images_and_images_without_truth(monkeypatch):
 
 def test_a_damaged_subject_is_left_out_and_said(monkeypatch, capsys):
     folder = make_stroke()
+    for path in folder.glob('*_*.csv'):  # no curves, no summary: less to draw
+        path.unlink()
     (folder / 'pred' / 's00' / 'adc.nii.gz').write_bytes(b'no image')
     dwi = nib.load(folder / 'pred' / 's01' / 'dwi.nii.gz')
     nib.save(nib.Nifti1Image(dwi.get_fdata(dtype=np.float32)[1:], dwi.affine), folder / 'pred' / 's01' / 'dwi.nii.gz')
@@ -244,7 +254,7 @@ def fails(*words):
     """plot.py as a script: exit code 1 and one sentence, which is returned."""
     script = Path(plot.__file__)
     done = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
-    assert done.returncode == 1 and 'Traceback' not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.returncode == 1 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     return done.stderr
 
 
@@ -300,17 +310,17 @@ def marked_case(codes, angles=(0, 0, 0)):
     """A brain that fills the grid, with a marker at the right, front and top of the patient."""
     matrix = affine(codes, angles=angles)
     place = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing='ij'), -1) @ matrix[:3, :3].T
-    place = (place - place.reshape(-1, 3).mean(0)) / np.abs(place - place.reshape(-1, 3).mean(0)).reshape(-1, 3).max(0)
-    marker = (place > 0.3).all(-1)
+    place -= place.mean((0, 1, 2))
+    marker = (place > 0.3 * place.max((0, 1, 2))).all(-1)
     assert marker.any()
     image, mask = np.where(marker, 1.0, 0.0), np.ones(SHAPE, bool)
-    return montage.Case('s', '', matrix, mask, [montage.Image('source', image + np.linspace(0, 0.1, SHAPE[2]))], dict(adc=image),
-                        dict(adc=image), {}, marker, marker)
+    sources = [montage.Image('source', image + np.linspace(0, 0.1, SHAPE[2]))]
+    return montage.Case('s', '', matrix, mask, sources, dict(adc=image), dict(adc=image), {}, marker, marker)
 
 
 @pytest.mark.parametrize('codes', ['RAS', 'LAS', 'LPS', 'RPI', 'PSR', 'SAL'])
-@pytest.mark.parametrize('plane, column', [('axial', 'left'), ('coronal', 'left'), ('sagittal', 'left')])
-def test_patient_right_is_on_image_left(codes, plane, column):
+@pytest.mark.parametrize('plane', ['axial', 'coronal', 'sagittal'])
+def test_patient_right_is_on_image_left(codes, plane):
     for angles in ((0, 0, 0), (9, -6, 11)):
         case = marked_case(codes, angles)
         view = montage.View(case, plane)
@@ -332,9 +342,10 @@ def test_the_drawn_panels_are_not_turned(monkeypatch, tmp_path):
             image = ax.images[0].get_array() if ax.images and ax.texts else None
             if image is None or np.ptp(image) < 0.5:
                 continue
-            low, high, bottom, top = ax.images[0].get_extent()
+            left, right, bottom, top = ax.images[0].get_extent()
             row, column = (np.argwhere(image > 0.5).mean(0) + 0.5) / image.shape
-            x, y = ax.transAxes.inverted().transform(ax.transData.transform((low + column * (high - low), top + row * (bottom - top))))
+            place = ax.transData.transform((left + column * (right - left), top + row * (bottom - top)))
+            x, y = ax.transAxes.inverted().transform(place)
             assert x < 0.45 and y > 0.55          # left half, upper half of the panel
             assert [text.get_text() for text in ax.texts] in (['R', 'L'], ['A', 'P'])
             panels += 1
@@ -364,14 +375,15 @@ def test_choice_of_stroke_subjects():
 
 
 def test_choice_of_amyloid_subjects():
-    test = pd.DataFrame(dict(ID=list('abcde'), suvr_true=[1.0, 1.05, 0.9, 1.3, 1.5], suvr_pred=[1.2, 1.0, 0.8, 1.31, 1.1]))
+    values = dict(suvr_true=[1.0, 1.05, 0.9, 1.3, 1.5], suvr_pred=[1.2, 1.0, 0.8, 1.31, 1.1])
+    test = pd.DataFrame(dict(ID=list('abcde'), **values))
     chosen, _ = plot.choose('mri2pet', pd.DataFrame(), test, list('abcde'))
     assert list(chosen) == ['b', 'a', 'd', 'e']
     assert chosen['a'].startswith('negative, largest') and chosen['d'].startswith('positive, smallest')
 
 
 def test_coverage_series():
-    test = pd.DataFrame(dict(ID=['a', 'b'], dwi_coverage_50=[0.4, 0.6], dwi_coverage_90=[0.9, 0.8], other_coverage_50=[1, 1]))
+    test = pd.DataFrame(dict(dwi_coverage_50=[0.4, 0.6], dwi_coverage_90=[0.9, 0.8], other_coverage_50=[1, 1]))
     assert plot.coverage(test, pd.DataFrame(dict(dwi_raw_50=[0.1, 0.3])), ('dwi', 'adc')) == {
         'dwi': {'fitted intervals': [(0.5, 0.5, 0.4, 0.6), (0.9, pytest.approx(0.85), 0.8, 0.9)],
                 'normal, std of the samples': [(0.5, 0.2, 0.1, 0.3)]}}
