@@ -132,7 +132,7 @@ def keep_aside(folder, record):
     if same:
         return f'replacing the predictions of {when}, made with the same checkpoint and settings'
     aside = utils.old_folder(folder)
-    for path in [folder / 'pred', old, *folder.glob('test*.csv')]:
+    for path in [folder / 'pred', old, *folder.glob('test*.csv'), *folder.glob('infer_*.csv')]:
         if path.exists():
             shutil.move(path, aside / path.name)
     return f"predictions of {when}, made with other settings, are kept in {aside}"
@@ -156,21 +156,22 @@ def infer_split(cfg, run, model, spec, folder):
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record, f, indent=1), 'w')
     run.barrier()
     fits = fit_intervals(cfg, run, spec, predict) if cfg.label != 'true' else {}
-    features = {}
+    qc = {}
 
     def keep(subject, pred, std):
-        write_prediction(folder / 'pred' / subject.id, subject, pred, std, spec, record | dict(intervals=fits))
-        features[subject.id] = source_features(subject.source, subject.mask)
+        qc[subject.id] = check_source(model, subject)
+        more = dict(qc=qc[subject.id], intervals=fits)
+        write_prediction(folder / 'pred' / subject.id, subject, pred, std, spec, record | more)
 
     rows, errors = evaluate(run, predict, spec, ids, quick=False, label='translate', on_subject=keep, intervals=fits)
-    features = dict(run.gather(features.items()))
+    qc = dict(run.gather(qc.items()))
+    flagged = [f'{id}: {text}' for id, text in sorted(qc.items()) if text not in ('ok', '')]
+    if flagged and run.main:
+        print(f'{len(flagged)} subjects have a source unlike the training set:', *flagged, sep='\n  ')
     table = pd.DataFrame(rows)
     if table.empty or table.shape[1] <= 2:
         return errors  # no truth: images only
-    flagged = [quality.qc_flag(features[id], model.qc) for id in table['ID']] if model.qc else []
-    reasons = [f'unlike training: {quality.qc_reason(features[id], model.qc)}' if bad else 'ok'
-               for id, bad in zip(table['ID'], flagged, strict=False)]
-    table = table.assign(qc=reasons or '', num_steps=record['num_steps'], samples=cfg.samples)
+    table = table.assign(qc=table['ID'].map(qc), num_steps=record['num_steps'], samples=cfg.samples)
 
     tables = {}
     for name, baseline in baselines(cfg, run, model, predict).items():
@@ -178,20 +179,19 @@ def infer_split(cfg, run, model, spec, folder):
         tables[name] = pd.DataFrame(rows)
     groups = amyloid_status(cfg, run, spec, predict, table) if 'suvr_pred' in table else None
     if run.main:
+        name = folder / (cfg.split if cfg.split == 'test' else f'infer_{cfg.split}')  # validation_*.csv are training curves
         last = ['qc', 'num_steps', 'samples', 'seconds']
-        save_table(table[[c for c in table if c not in last] + last], folder / (f'{cfg.split}.csv'))
-        for name, t in tables.items():
-            save_table(t, folder / f'{cfg.split}_{name}.csv')
+        save_table(table[[c for c in table if c not in last] + last], f'{name}.csv')
+        for baseline, t in tables.items():
+            save_table(t, f'{name}_{baseline}.csv')
         summary = metrics.summarise(table, tables, cfg.seed)
-        save_table(summary, folder / f'{cfg.split}_summary.csv')
+        save_table(summary, f'{name}_summary.csv')
         print(f'{len(table)} subjects of the {cfg.split} split, {record["checkpoint"]}, {cfg.sampler}'
               + (f'; the label was given (--label {cfg.label})' if cfg.label != 'unknown' else ''))
         print(metrics.format_table(summary))
         if groups is not None:
-            save_table(groups, folder / f'{cfg.split}_status.csv')
+            save_table(groups, f'{name}_status.csv')
             print(groups.to_string(index=False, float_format=lambda v: f'{v:.3f}'))
-        if any(flagged):
-            print(f'{sum(flagged)} subjects have a source unlike the training set (column qc)')
     return errors
 
 
@@ -246,14 +246,14 @@ def amyloid_status(cfg, run, spec, predict, table):
     volumes = []
 
     def measure(subject, pred, std):
-        lo = subject.to_native_raw(subject.source) + 1
-        volumes.append((subject.id, status.volume_features(lo, subject.native_mask, subject.voxel_ml).tolist()))
+        mri = subject.to_native_raw(subject.source) + 1
+        volumes.append((subject.id, status.volume_features(mri, subject.native_mask, subject.voxel_ml).tolist()))
 
     def rows_of(ids, predict, label):
         return pd.DataFrame(evaluate(run, predict, spec, ids, quick=False, label=label, on_subject=measure)[0])
 
-    fit = rows_of(fit_ids, predict if cfg.label != 'true' else None, 'fit threshold')
-    evaluate(run, None, spec, list(table['ID']), label='MRI volumes', on_subject=measure)
+    fit = rows_of(fit_ids, predict, 'fit threshold')
+    rows_of(list(table['ID']), predict, 'MRI volumes')
     volumes = dict(run.gather(volumes))
     positive = [(t['suvr_true'] > status.TRUE_THRESHOLD).astype(int) for t in (fit, table)]
     lines = dict(synthetic=status.classify(fit['suvr_pred'], positive[0], table['suvr_pred'], positive[1], cfg.seed))
@@ -261,6 +261,14 @@ def amyloid_status(cfg, run, spec, predict, table):
     fit_volumes, table_volumes = ([volumes[id] for id in t['ID']] for t in (fit, table))
     lines['mri_volumes'] = status.mri_baseline(fit_volumes, positive[0], table_volumes, positive[1], cfg.seed)[0]
     return pd.DataFrame([dict(score=name) | line for name, line in lines.items()])
+
+
+def check_source(model, subject):
+    """Is the source like those of the training set? 'ok', 'unlike training: the features that lie farthest out', or '' if not known."""
+    if not model.qc:
+        return ''
+    features = source_features(subject.source, subject.mask)
+    return f'unlike training: {quality.qc_reason(features, model.qc)}' if quality.qc_flag(features, model.qc) else 'ok'
 
 
 def source_features(source, mask):
@@ -291,7 +299,10 @@ def infer_file(cfg, run, model, spec):
     subject = dataset.load_subject(replace(spec, lesion=None), files=files, with_truth=False)
     label = int(cfg.label) if cfg.label.isdigit() else None
     pred, std = translate(run, model, subject.source, subject.id, Sampling.of(cfg), label)
-    write_prediction(Path(cfg.out), subject, pred, std, spec, prediction_record(cfg, model, spec))
+    qc = check_source(model, subject)
+    write_prediction(Path(cfg.out), subject, pred, std, spec, prediction_record(cfg, model, spec) | dict(qc=qc))
+    if qc not in ('ok', ''):
+        print(f'{subject.id}: the source is {qc}; do not trust the images')
     print(f'{", ".join(f"{name}.nii.gz" for name in spec.targets)} written to {cfg.out}')
 
 

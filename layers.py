@@ -110,3 +110,28 @@ class Attention(nn.Module):
 def upsample(x, size):
     """Nearest-neighbour upsampling to an explicit size, so that odd sizes meet their skip connection."""
     return F.interpolate(x, size=size, mode='nearest')
+
+
+class SourceWhitening(nn.Module):
+    """A 1 x 1 convolution on the source's channels that starts as their whitening: CT perfusion's few HU of contrast come to unit size.
+
+    Principal components over the channels, in the mask, each divided by sqrt(variance + median variance): signal comes to unit
+    variance, components that hold noise alone to half of it. Trained with the rest.
+    """
+
+    def __init__(self, dims, channels):
+        super().__init__()
+        self.conv = conv(dims, channels, channels, kernel=1)
+
+    @torch.no_grad()
+    def start_from(self, source, mask):
+        """Set the weights from sources (B, C, *S) and masks (B, 1, *S) of the training set."""
+        rows = source.movedim(1, -1)[mask[:, 0] > 0].double()  # (voxels, C)
+        mean = rows.mean(0)
+        values, vectors = torch.linalg.eigh(torch.cov(rows.T).view(len(mean), -1))
+        weight = vectors.T / (values.clamp(min=1e-12) + values.median().clamp(min=1e-12)).sqrt()[:, None]
+        self.conv.weight.copy_(weight.view_as(self.conv.weight))
+        self.conv.bias.copy_(-weight @ mean)
+
+    def forward(self, source):
+        return self.conv(source)

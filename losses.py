@@ -4,6 +4,7 @@ Images are (B, K, *S) in [-1, 1], masks (B, 1, *S) in {0, 1}. Denominators are c
 0/0.
 """
 
+import torch
 import torch.nn.functional as F
 
 
@@ -33,6 +34,17 @@ def region_l1(pred, target, region):
     return error / (pred.shape[1] * region.flatten(1).sum(1)).clamp(min=1)
 
 
+def lesion_l1(pred, target, lesion, mask, floor):
+    """As region_l1 over the lesion, but a lesion below the share `floor` of the mask counts by its size, not fully.
+
+    A mean over five voxels would weigh each of them hundreds of times a healthy one, and the network would answer by painting
+    lesions wherever one is at all possible.
+    """
+    error = ((pred - target).abs() * lesion).flatten(1).sum(1)
+    voxels = torch.maximum(lesion.flatten(1).sum(1), floor * mask.flatten(1).sum(1))
+    return error / (pred.shape[1] * voxels).clamp(min=1)
+
+
 def lapt_error(pred, target, weight, region):
     """LAPT's squared error: sum of weight * (pred - target)^2 over channels and field of view, by the region's voxels.
 
@@ -42,8 +54,8 @@ def lapt_error(pred, target, weight, region):
     return error / region.flatten(1).sum(1).clamp(min=1)
 
 
-def post_training_error(pred, target, mask, lesion, kind):
+def post_training_error(pred, target, mask, lesion, kind, floor=0.0):
     """(E_mask, E_lesion) of stage 3, each (B,). kind: 'l1' or 'lapt'."""
     if kind == 'l1':
-        return region_l1(pred, target, mask), region_l1(pred, target, lesion)
+        return region_l1(pred, target, mask), lesion_l1(pred, target, lesion, mask, floor)
     return lapt_error(pred, target, 1, mask), lapt_error(pred, target, lesion, lesion)

@@ -24,8 +24,8 @@ MIN_COMPONENT_ML = 0.1                                        # in 26-connected 
 RIM_MM = 6.0
 
 QUICK = ['psnr', 'ssim', 'mae', 'lesion_mae']                 # what quick_row returns: columns of a validation curve
-LESION_COLUMNS = ['lesion_mae', 'lesion_contrast_error', 'adc_lesion_bias', 'lesion_dice', 'lesion_dice_ceiling',
-                  'lesion_avd_ml', 'lesion_detected', 'false_lesion_ml', 'lesion_rim_mae']
+LESION_COLUMNS = ['lesion_mae', 'lesion_contrast_error', 'adc_lesion_bias', 'lesion_dice', 'lesion_dice_2ml',
+                  'lesion_dice_ceiling', 'lesion_ml', 'lesion_avd_ml', 'lesion_detected', 'false_lesion_ml', 'lesion_rim_mae']
 NOT_SUMMARISED = ('ID', 'qc', 'status_pred', 'num_steps', 'samples', 'seconds')
 SIGNED = ('adc_lesion_bias', 'suvr_error')                    # the summary gives |.| of these a line of its own
 
@@ -198,6 +198,8 @@ def _rule_columns(pred, truth, mask, lesion, voxel_ml):
     false = found & ~np.isin(parts, np.unique(parts[lesion & found]))
     row['lesion_dice'] = dice(found, lesion)
     row['lesion_dice_ceiling'] = dice(lesion_rule(truth['dwi'], truth['adc'], mask, voxel_ml), lesion)
+    row['lesion_ml'] = np.count_nonzero(lesion) * voxel_ml
+    row['lesion_dice_2ml'] = row['lesion_dice'] if row['lesion_ml'] > 2 else np.nan
     row['lesion_avd_ml'] = abs(np.count_nonzero(found) - np.count_nonzero(lesion)) * voxel_ml
     row['lesion_detected'] = float((found & lesion).any()) if lesion.any() else np.nan
     row['false_lesion_ml'] = np.count_nonzero(false) * voxel_ml
@@ -237,6 +239,8 @@ def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2):
       lesion_dice            of the lesion rule on the prediction with the lesion; as in ISLES both empty counts 1 and a
                              false lesion in a healthy brain 0
       lesion_dice_ceiling    the same of the rule on the real images: what a perfect prediction would score
+      lesion_dice_2ml        lesion_dice where the lesion is larger than 2 ml, else undefined
+      lesion_ml              volume of the lesion
       lesion_avd_ml          |volume found - volume of the lesion|
       false_lesion_ml        volume of the components found that share no voxel with the lesion
     mri2pet:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from layers import Attention, ResBlock, conv, group_norm, upsample, zero_init
+from layers import Attention, ResBlock, SourceWhitening, conv, group_norm, upsample, zero_init
 
 # ------------------------------------------------------------------------------------------------------------------
 # Stage 1: the adversarial autoencoder.
@@ -151,13 +151,14 @@ class SourceEncoder(nn.Module):
 
     def __init__(self, dims, source_channels, cond_channels, width):
         super().__init__()
+        self.whiten = SourceWhitening(dims, source_channels)
         self.layers = nn.Sequential(
             conv(dims, source_channels, width, kernel=5, stride=2), ResBlock(dims, width, width),
             group_norm(width), nn.SiLU(), conv(dims, width, 2 * width, stride=2), ResBlock(dims, 2 * width, 2 * width),
             group_norm(2 * width), nn.SiLU(), conv(dims, 2 * width, cond_channels))
 
     def forward(self, source):
-        return self.layers(source)
+        return self.layers(self.whiten(source))
 
 
 class UNet(nn.Module):
@@ -243,17 +244,19 @@ class UNet(nn.Module):
 # The image grid: the detail branch of stage 3 and the regression baseline.
 
 class PixelUNet(nn.Module):
-    """A plain U-Net on the image grid: (B, c_in, *S) -> (B, c_out, *S). Its last layer starts at zero.
+    """A plain U-Net on the image grid: source (B, C, *S) [and an image (B, K, *S)] -> (B, K, *S). Its last layer starts at zero.
 
-    As the detail branch it takes the source beside the decoded prediction and returns what the latent space lost:
+    As the detail branch (with_image) it takes the decoded prediction beside the source and returns what the latent space lost:
     pred = D(z_0_hat) + R(source, D(z_0_hat)). As the regression baseline it takes the source alone.
     """
 
-    def __init__(self, spatial_dims, c_in, c_out, widths=(32, 64, 96), blocks=1):
+    def __init__(self, spatial_dims, source_channels, image_channels, with_image, widths=(32, 64, 96), blocks=1):
         super().__init__()
-        self.args = dict(spatial_dims=spatial_dims, c_in=c_in, c_out=c_out, widths=list(widths), blocks=blocks)
+        self.args = dict(spatial_dims=spatial_dims, source_channels=source_channels, image_channels=image_channels,
+                         with_image=with_image, widths=list(widths), blocks=blocks)
         dims = spatial_dims
-        self.conv_in = conv(dims, c_in, widths[0])
+        self.whiten = SourceWhitening(dims, source_channels)
+        self.conv_in = conv(dims, source_channels + image_channels * with_image, widths[0])
         self.down, self.shrink, self.grow, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for i, w in enumerate(widths):
             self.down.append(nn.Sequential(*[ResBlock(dims, w, w) for _ in range(blocks)]))
@@ -261,10 +264,11 @@ class PixelUNet(nn.Module):
                 self.shrink.append(conv(dims, w, widths[i + 1], stride=2))
                 self.grow.append(conv(dims, widths[i + 1], w, kernel=1))
                 self.up.append(nn.Sequential(conv(dims, 2 * w, w), *[ResBlock(dims, w, w) for _ in range(blocks)]))
-        self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), zero_init(conv(dims, widths[0], c_out)))
+        self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), zero_init(conv(dims, widths[0], image_channels)))
 
-    def forward(self, x):
-        x, skips = self.conv_in(x), []
+    def forward(self, source, image=None):
+        x = self.whiten(source)
+        x, skips = self.conv_in(x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)), []
         for i, block in enumerate(self.down):
             x = block(x)
             if i < len(self.shrink):

@@ -25,7 +25,7 @@ from stage import Stage
 
 TERMS = ['loss', 'diffusion', 'image', 'lesion', 'grad_norm']
 FIXED = ('seed', 'batch_size', 'post_lr', 'ema', 'flip', 'shift', 'label_drop', 'post_loss', 'lambda_t', 'w_diffusion',
-         'w_image', 'w_lesion', 'post_last_step_share', 'tune_decoder', 'detail_branch', 'detail_channels', 'crop')
+         'w_image', 'w_lesion', 'lesion_floor', 'post_last_step_share', 'tune_decoder', 'detail_branch', 'detail_channels', 'crop')
 
 
 def lambda_of(t, timesteps, kind):
@@ -74,8 +74,10 @@ def main():
     # Whatever is trained here sits in one module list; the encoder and the latents' mean and std stay as they are.
     utils.seed_everything(cfg.seed, 'post weights')
     if cfg.detail_branch:
-        channels = cohort.source_channels + cohort.target_channels, cohort.target_channels
-        model.detail = run.place(PixelUNet(spec.spatial_dims, *channels, cfg.detail_channels))
+        model.detail = run.place(PixelUNet(spec.spatial_dims, cohort.source_channels, cohort.target_channels, True,
+                                           cfg.detail_channels))
+        some = run.to_device(cohort.some())
+        model.detail.whiten.start_from(some['source'], some['mask'])
     trained = torch.nn.ModuleDict({'unet': model.unet})
     if cfg.tune_decoder:
         trained['decoder'] = model.aae.decoder.requires_grad_(True)
@@ -139,7 +141,7 @@ def main():
                     z_0_hat = cut(z_0_hat, starts, cfg.crop, factor=4)
                     source, target, mask, lesion = (cut(x, starts, cfg.crop) for x in (source, target, mask, lesion))
                 pred = model.decode(z_0_hat, source).float()
-            e_mask, e_lesion = losses.post_training_error(pred, target, mask, lesion, cfg.post_loss)
+            e_mask, e_lesion = losses.post_training_error(pred, target, mask, lesion, cfg.post_loss, cfg.lesion_floor)
             lam = lambda_of(tt, diffusion.timesteps, cfg.lambda_t)
             for name, value in zip(terms, (loss, lam * e_mask, lam * e_lesion), strict=True):
                 terms[name].append(value)

@@ -62,7 +62,7 @@ def git_state():
     """Commit and state of the code, or why it is not known."""
     try:
         call = dict(cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-        commit = subprocess.run(['git', 'rev-parse', 'HEAD'], **call).stdout.strip()
+        commit = subprocess.run(['git', 'rev-parse', '--verify', 'HEAD'], **call).stdout.strip()
         dirty = subprocess.run(['git', 'status', '--porcelain', '--untracked-files=no'], **call).stdout.strip()
         return (commit + (' with uncommitted changes' if dirty else '')) if commit else 'not under git'
     except (OSError, subprocess.SubprocessError):

@@ -89,8 +89,7 @@ def main():
     utils.seed_everything(cfg.seed, 'aae weights')
     aae = run.place(AAE(cfg.spatial_dims, len(cfg.targets), cfg.latent_channels, cfg.aae_channels, cfg.aae_blocks))
     disc = run.place(Discriminator(cfg.spatial_dims, len(cfg.targets), cfg.disc_channels))
-    some = np.linspace(0, len(cohort) - 1, min(256, len(cohort))).astype(int)
-    aae.start_from_blocks(cohort.__getitems__(some)['target'].to(run.device))
+    aae.start_from_blocks(cohort.some()['target'].to(run.device))
     opt, disc_opt, ema = utils.adam(aae.parameters()), utils.adam(disc.parameters()), utils.EMA(aae, cfg.ema)
     stage.describe(f'autoencoder {count_parameters(aae):,} parameters, discriminator {count_parameters(disc):,}, '
                    f'{len(train_ids)} training subjects, '

@@ -23,7 +23,7 @@ DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'frames', 's
         'flip', 'shift', 'ema', 'seed', 'batch_size', 'lr')
 FIXED = DATA + ('unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout', 'predict',
                 'schedule', 'timesteps', 'loss_weight', 'last_step_share', 'label_drop')
-FIXED_REGRESSION = DATA + ('regression_channels', 'w_image', 'w_lesion')
+FIXED_REGRESSION = DATA + ('regression_channels', 'w_image', 'w_lesion', 'lesion_floor')
 
 
 def train_diffusion(cfg, run, spec, train_ids, validation_ids):
@@ -39,6 +39,8 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
                           cfg.unet_blocks, cfg.unet_attention, cfg.cond_channels, cfg.cond_width, cfg.num_classes,
                           cfg.dropout, cfg.checkpointing))
     diffusion = Diffusion(cfg.predict, cfg.schedule, cfg.timesteps, cfg.loss_weight, cfg.last_step_share).to(run.device)
+    some = run.to_device(cohort.some())
+    unet.encode_source.whiten.start_from(some['source'], some['mask'])
     opt, ema = utils.adam(unet.parameters()), utils.EMA(unet, cfg.ema)
     stage.describe(f'U-Net {count_parameters(unet):,} parameters, {len(train_ids)} training subjects, '
                    f'{len(cohort)} samples, effective batch {cfg.batch_size * run.world}')
@@ -96,7 +98,9 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
         cohort = dataset.Cohort(spec, train_ids, labels)
     utils.seed_everything(cfg.seed, 'regression weights')
     channels = cohort.source_channels, cohort.target_channels
-    net = run.place(PixelUNet(cfg.spatial_dims, *channels, cfg.regression_channels))
+    net = run.place(PixelUNet(cfg.spatial_dims, *channels, False, cfg.regression_channels))
+    some = run.to_device(cohort.some())
+    net.whiten.start_from(some['source'], some['mask'])
     opt, ema = utils.adam(net.parameters()), utils.EMA(net, cfg.ema)
     stage.describe(f'regression U-Net {count_parameters(net):,} parameters')
     terms = ['loss', 'image', 'lesion', 'grad_norm']
@@ -128,7 +132,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
             with run.autocast():
                 pred = net(source).float()
             image.append(losses.region_l1(pred, target, mask))
-            region.append(losses.region_l1(pred, target, lesion))
+            region.append(losses.lesion_l1(pred, target, lesion, mask, cfg.lesion_floor))
             run.backward((cfg.w_image * image[-1] + cfg.w_lesion * region[-1]).mean() / cfg.accumulate)
         norm = run.update(opt, cfg.grad_clip)
         run.scaler_step()

@@ -32,7 +32,7 @@ class Model:
     def decode(self, z_0, source):
         """Latents (B, c, *s), source (B, C, *S) -> images (B, K, *S): D(z_0) [+ R(source, D(z_0))]."""
         pred = self.aae.decode(z_0)
-        return pred if self.detail is None else pred + self.detail(torch.cat([source, pred.to(source.dtype)], dim=1))
+        return pred if self.detail is None else pred + self.detail(source, pred)
 
     def eval(self):
         for net in (self.aae, self.unet, self.detail, self.regression):

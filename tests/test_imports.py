@@ -14,7 +14,8 @@ LEAVES = {'config', 'dataset', 'model', 'diffusion', 'losses', 'metrics', 'utils
           'layers', 'stage',                                     # model.py and utils.py, split by name
           'volume', 'grid', 'splits', 'check', 'subject',        # dataset.py, split by name; it is their door
           'quality', 'status',                                   # beside metrics.py: trust, amyloid status
-          'anatomy', 'stroke', 'amyloid', 'describe'}            # the parts of phantom.py
+          'anatomy', 'stroke', 'amyloid', 'describe',            # the parts of phantom.py
+          'experiment', 'charts', 'montage', 'report'}           # the parts of plot.py
 SCRIPTS = {'translate', 'phantom', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot', 'benchmark', 'study'}
 MORE = {                                                         # what else a file may import of ours
     'model': {'layers'},
