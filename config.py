@@ -62,15 +62,15 @@ checkpointing = False            # recompute activations in the backward pass: l
 # Diffusion
 predict = 'v'                    # v, z_0 or eps
 schedule = 'scaled_linear'       # scaled_linear, linear or cosine; rescaled to zero terminal SNR for v and z_0
-timesteps = 1000                 # T
+timesteps = 1000                 # T, time steps of the diffusion
 loss_weight = 'none'             # none or min_snr
 last_step_share = 0.15           # fraction of the training draws at t = T-1
 label_drop = 0.3                 # probability that a label is replaced by "unknown" in training
 
 # Training
-aae_steps = 450                  # optimiser steps of stage 1
-unet_steps = 600                 # of stage 2
-post_steps = 600                 # of stage 3
+aae_steps = 350                  # optimiser steps of stage 1
+unet_steps = 450                 # of stage 2
+post_steps = 650                 # of stage 3
 batch_size = 16                  # samples a step and process; lower it when memory runs out
 accumulate = 1                   # gradient accumulation: steps of batch_size / accumulate samples at a time
 lr = 1e-3                        # peak learning rate of stage 2 (warm-up, then cosine to 1 %)
@@ -79,8 +79,8 @@ post_lr = 5e-4                   # of stage 3
 warmup = 50                      # steps of linear warm-up
 grad_clip = 1.0                  # largest norm of the gradient
 ema = 0.999                      # decay of the weight average, reached gradually
-eval_every = 150                 # steps between validations
-save_every = 150                 # steps between saves for resuming
+eval_every = 175                 # steps between validations
+save_every = 175                 # steps between saves for resuming
 w_adversarial = 1.0              # weight of the adversarial term against 100 x L1; 0 switches the discriminator off
 disc_start = 100                 # the discriminator trains from step 0, its loss counts from this step on
 disc_ramp = 100                  # ... and its weight rises over this many steps
@@ -94,7 +94,7 @@ lambda_t = 'constant'            # constant (1) or linear ((T-t)/T): weight of t
 w_diffusion = 0.1                # weight of the diffusion loss in stage 3
 w_image = 0.5                    # weight of the error in the brain mask
 w_lesion = 0.5                   # weight of the error in the lesion
-lesion_floor = 0.05              # post_loss l1: a lesion below this share of the mask counts by its size, not fully
+lesion_floor = 0.1               # post_loss l1: a lesion below this share of the mask counts by its size, not fully
 post_last_step_share = 0.75      # last_step_share of stage 3
 detail_lr_scale = 2.0            # the detail branch starts from nothing: its learning rate is post_lr times this
 tune_decoder = True              # stage 3 also trains the decoder
@@ -128,8 +128,8 @@ PRESETS = {
         aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
         regression_channels=(24, 48, 96), regression_steps=900,
-        aae_steps=400, unet_steps=500,
-        post_steps=250, eval_every=125, save_every=125, disc_start=100, disc_ramp=100),
+        aae_steps=150, unet_steps=400,
+        post_steps=250, eval_every=125, save_every=125, disc_start=40, disc_ramp=40),
     # Full size, our recipe: LAPT's geometry and scale.
     'ctp2dwi': dict(
         exp='exp_ctp2dwi', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),

@@ -49,7 +49,9 @@ logs=result/demo_$exp
 mkdir -p "$logs"
 
 # phantom.py makes what is missing, and refuses a folder that holds anything else.
-stage phantom phantom.py --task "$task" --out "$data" --subjects "${SUBJECTS:-96}" --seed 1
+subjects=96
+if [ "$task" = mri2pet ]; then subjects=192; fi    # one volume a subject, where stroke has some 25 slices
+stage phantom phantom.py --task "$task" --out "$data" --subjects "${SUBJECTS:-$subjects}" --seed 1
 stage train_aae train_aae.py --preset "$preset" "$@"
 stage train_unet train_unet.py --preset "$preset" "$@"
 stage post_train post_train.py --preset "$preset" "$@"

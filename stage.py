@@ -42,8 +42,12 @@ class CsvLog:
         writer.writerows(rows)
 
     def add(self, rows):
-        with open(self.path, 'a', newline='', encoding='utf-8') as f:
-            self._write(f, [{k: f'{v:.6g}' if isinstance(v, float) else v for k, v in r.items()} for r in rows])
+        rows = [{k: f'{v:.6g}' if isinstance(v, float) else v for k, v in r.items()} for r in rows]
+        try:
+            with open(self.path, 'a', newline='', encoding='utf-8') as f:
+                self._write(f, rows)
+        except OSError as err:  # a full disk: say which file
+            raise OSError(err.errno, err.strerror, str(self.path)) from None
 
 
 def lock(folder):
@@ -85,6 +89,8 @@ class Stage:
         self.last = self.folder / f'last_{name}.pth.tar'
         if run.main:
             self.lock = lock(self.folder)
+            for half in self.folder.glob('*.pth.tar.*.tmp'):  # what a killed run left half-written
+                half.unlink()
             if cfg.restart:
                 self._set_aside()
         run.barrier()

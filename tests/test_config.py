@@ -122,14 +122,15 @@ def test_the_default_preset_changes_nothing():
 
 def test_no_preset_is_changed_by_a_run():
     before = repr(PRESETS), repr(DEFAULTS)
-    load('--preset', 'mri2pet_demo', '--batch_size', '2', '--scaling', "{'source': ('range', 0, 1), 'suvr': ('range', 0, 2)}")
+    scaling = "{'source': ('range', 0, 1), 'suvr': ('range', 0, 2)}"
+    load('--preset', 'mri2pet_demo', '--batch_size', '2', '--scaling', scaling)
     assert (repr(PRESETS), repr(DEFAULTS)) == before
 
 
 FIXED_NAMES = '''preset exp init_from device precision seed data_root data_info cache_dir source targets mask lesion
-    spatial_dims spacing image_size frames resample scaling unit_scale num_classes latent_channels normalise_latents predict
-    schedule loss_weight last_step_share label_drop aae_steps unet_steps post_steps batch_size lr eval_every save_every
-    post_loss lambda_t w_image w_lesion tune_decoder detail_branch sampler num_steps samples guidance label
+    spatial_dims spacing image_size frames resample scaling unit_scale num_classes latent_channels normalise_latents
+    predict schedule loss_weight last_step_share label_drop aae_steps unet_steps post_steps batch_size lr eval_every
+    save_every post_loss lambda_t w_image w_lesion tune_decoder detail_branch sampler num_steps samples guidance label
     regression'''.split()
 
 

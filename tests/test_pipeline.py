@@ -1,0 +1,266 @@
+"""Both tasks through all stages on phantoms with tiny networks: what is written, that it learns, that no label leaks."""
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import made_runs
+import nibabel as nib
+import numpy as np
+import pytest
+
+import phantom
+
+COMMON = ('--data_root', 'data', '--data_info', 'data/data_info', '--spacing', '(None, None, None)', '--device', 'cpu',
+          '--precision', 'fp32', '--eval_every', '1000', '--save_every', '1000', '--disc_start', '40',
+          '--disc_ramp', '20', '--warmup', '10', '--ema', '0.97', '--disc_channels', '(8, 8)')
+TASKS = dict(
+    ctp2dwi=dict(
+        phantom=('--subjects', '14', '--spacing', '6,6,8'), targets=('dwi', 'adc'), exp='exp_1',
+        words=(*COMMON, '--image_size', '(32, 36)', '--aae_channels', '(8, 16, 24)', '--latent_channels', '8',
+               '--unet_channels', '(24, 48)', '--cond_channels', '16', '--cond_width', '16',
+               '--detail_channels', '(16, 24)', '--regression_channels', '(8, 16)', '--batch_size', '8',
+               '--aae_steps', '80', '--unet_steps', '80', '--post_steps', '100', '--regression_steps', '20')),
+    mri2pet=dict(
+        phantom=('--subjects', '16', '--spacing', '8,8,8'), targets=('suvr',), exp='exp_mri2pet_demo',
+        words=('--preset', 'mri2pet_demo', *COMMON, '--image_size', '(20, 24, 20)', '--aae_channels', '(8, 12, 16)',
+               '--latent_channels', '8', '--unet_channels', '(16, 32)', '--cond_channels', '16', '--cond_width', '8',
+               '--detail_channels', '(8, 16)', '--regression_channels', '(8, 8)', '--batch_size', '4',
+               '--aae_steps', '60', '--unet_steps', '80', '--post_steps', '40', '--regression_steps', '10')))
+
+
+@pytest.fixture(scope='module', params=TASKS)
+def trained(request, tmp_path_factory):
+    """A folder in which one task went through all stages: (task, settings, folder of the experiment)."""
+    task = TASKS[request.param]
+    with made_runs.folder(tmp_path_factory.mktemp(request.param)) as path:
+        phantom.main(['--task', request.param, '--out', 'data', '--seed', '1', '--workers', '1', *task['phantom']])
+        for script in ('train_aae', 'train_unet', 'post_train'):
+            made_runs.call(script, *task['words'])
+        made_runs.call('train_unet', *task['words'], '--regression', 'True')
+        made_runs.call('infer', *task['words'])
+        yield request.param, task, path / 'result' / task['exp']
+
+
+@pytest.fixture(autouse=True)
+def in_its_folder(trained, in_empty_folder, monkeypatch):
+    monkeypatch.chdir(trained[2].parent.parent)
+
+
+def table(path):
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def ids(split):
+    return Path('data/data_info', f'{split}.txt').read_text().split()
+
+
+def source(task, id):
+    return Path('data', id, 'ctp.nii.gz') if task == 'ctp2dwi' else next(Path('data/whole_MRI').glob(f'{id}.nii*'))
+
+
+def truth(task, id, target):
+    return Path('data', id, f'{target}.nii.gz') if task == 'ctp2dwi' else next(
+        Path('data/whole_Abeta').glob(f'{id}.nii*'))
+
+
+def mask(task, id):
+    return Path('data', id, 'mask.nii.gz') if task == 'ctp2dwi' else next(Path('data/mask').glob(f'{id}.nii*'))
+
+
+def images(folder):
+    return {str(p.relative_to(folder)): np.asanyarray(nib.load(p).dataobj) for p in sorted(folder.rglob('*.nii.gz'))}
+
+
+def test_every_file_of_the_contract_is_there(trained):
+    task, settings, folder = trained
+    files = ['config.json', 'log.txt', 'git.txt', 'test.csv', 'test_mean.csv', 'test_aae.csv', 'test_unet.csv',
+             'test_regression.csv', 'test_summary.csv', 'CHECKPOINT_AAE.pth.tar', 'CHECKPOINT_Unet.pth.tar',
+             'CHECKPOINT_Unet_post.pth.tar']
+    for name in ('aae', 'unet', 'post', 'regression'):
+        files += [f'last_{name}.pth.tar', f'loss_curve_{name}.csv', f'validation_{name}.csv']
+    assert [name for name in files if not (folder / name).stat().st_size] == []
+    assert [row['ID'] for row in table(folder / 'test.csv')] == ids('test')
+    for id in ids('test'):
+        found = {p.name for p in (folder / 'pred' / id).iterdir()}
+        assert found == {f'{name}.nii.gz' for name in settings['targets']} | {'prediction.json'}
+        record = json.loads((folder / 'pred' / id / 'prediction.json').read_text())
+        assert record['id'] == id and record['sampler'] == 'one_step' and 'Unet_post' in record['checkpoint']
+    assert not list(folder.rglob('*.tmp'))
+
+
+def test_predictions_lie_on_the_subjects_own_grid(trained):
+    task, settings, folder = trained
+    for id in ids('test'):
+        inside = np.asanyarray(nib.load(mask(task, id)).dataobj) > 0
+        for name in settings['targets']:
+            pred, real = nib.load(folder / 'pred' / id / f'{name}.nii.gz'), nib.load(truth(task, id, name))
+            assert pred.shape == real.shape and pred.get_data_dtype() == np.float32
+            np.testing.assert_allclose(pred.affine, real.affine, atol=1e-5)
+            assert int(pred.header['sform_code']) == int(real.header['sform_code'])
+            values = np.asanyarray(pred.dataobj)
+            assert np.isfinite(values).all() and not values[~inside].any() and values[inside].std() > 0
+            scale = np.median(np.asanyarray(real.dataobj)[inside]) / np.median(values[inside])
+            if name != 'dwi':  # which comes in multiples of its median
+                assert 0.7 < scale < 1.4  # physical units
+
+
+def psnr(path, targets):
+    return np.mean([[float(row[f'{name}_psnr']) for name in targets] for row in table(path)])
+
+
+def test_the_trained_model_beats_the_untrained_one_and_the_mean_image(trained):
+    task, settings, folder = trained
+    targets = settings['targets']
+    first = float(table(folder / 'validation_unet.csv')[0]['psnr'])
+    for name in ('unet', 'post'):
+        assert float(table(folder / f'validation_{name}.csv')[-1]['psnr']) > first + 3
+    model, mean = psnr(folder / 'test.csv', targets), psnr(folder / 'test_mean.csv', targets)
+    assert model > mean + 0.1, f'{model:.2f} dB against {mean:.2f} of the mean image, on the test split'
+    assert psnr(folder / 'test_aae.csv', targets) > mean + 1
+    # Row 0 of stage 3 is where stage 2 ended, and its branch begins with nothing.
+    assert float(table(folder / 'validation_post.csv')[0]['psnr']) == pytest.approx(
+        float(table(folder / 'validation_unet.csv')[-1]['psnr']), abs=1e-3)
+
+
+def test_inference_again_gives_equal_images_and_overwrites_nothing_silently(trained, capsys):
+    task, settings, folder = trained
+    first, rows = images(folder / 'pred'), table(folder / 'test.csv')
+    made_runs.call('infer', *settings['words'])
+    assert 'replacing the predictions of' in capsys.readouterr().out
+    again = images(folder / 'pred')
+    assert first and set(again) == set(first)
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert [{k: v for k, v in row.items() if k != 'seconds'} for row in table(folder / 'test.csv')] == [
+        {k: v for k, v in row.items() if k != 'seconds'} for row in rows]
+    made_runs.call('infer', *settings['words'], '--eval_batch', '3')
+    for name, image in images(folder / 'pred').items():
+        assert np.abs(image - first[name]).max() <= 1e-5 * np.ptp(first[name]), name
+
+
+def test_ddim_with_samples_gives_a_map_of_their_spread(trained, capsys):
+    task, settings, folder = trained
+    first = images(folder / 'pred')
+    more = ('--sampler', 'ddim', '--num_steps', '3', '--samples', '2')
+    made_runs.call('infer', *settings['words'], *more)
+    assert 'made with other settings, are kept in' in capsys.readouterr().out
+    found = images(folder / 'pred')
+    assert set(found) == {n for name in first for n in (name, name.replace('.nii.gz', '_std.nii.gz'))}
+    for name, image in found.items():
+        assert np.isfinite(image).all()
+        if '_std' in name:
+            assert image.min() >= 0 and image.max() > 0
+        else:
+            assert not np.array_equal(image, first[name])
+    record = json.loads((folder / 'pred' / ids('test')[0] / 'prediction.json').read_text())
+    assert (record['sampler'], record['num_steps'], record['samples']) == ('ddim', 3, 2)
+    old = max(folder.glob('old_*'))
+    kept = images(old / 'pred')
+    assert all(np.array_equal(kept[name], first[name]) for name in first) and (old / 'test.csv').exists()
+    shutil.rmtree(folder / 'pred')
+    made_runs.call('infer', *settings['words'])  # the noise is keyed: the first images come back
+    assert all(np.array_equal(image, first[name]) for name, image in images(folder / 'pred').items())
+
+
+def test_one_new_file_without_truth(trained):
+    task, settings, folder = trained
+    id = ids('test')[0]
+    shutil.copy(source(task, id), 'new.nii.gz' if source(task, id).name.endswith('.gz') else 'new.nii')
+    file = next(Path('.').glob('new.nii*'))
+    shutil.copy(mask(task, id), name := 'new_mask' + ''.join(mask(task, id).suffixes))
+    made_runs.call('infer', *settings['words'], '--input', str(file), '--input_mask', name, '--out', 'out')
+    for target in settings['targets']:
+        pred, real = nib.load(f'out/{target}.nii.gz'), nib.load(truth(task, id, target))
+        assert pred.shape == real.shape and pred.get_data_dtype() == np.float32
+        np.testing.assert_allclose(pred.affine, real.affine, atol=1e-5)
+        assert np.asanyarray(pred.dataobj).any()
+    assert Path('out/prediction.json').exists()
+    with pytest.raises(Exception, match='--out') as caught:
+        made_runs.call('infer', *settings['words'], '--input', str(file))
+    assert caught.value.one_sentence
+
+
+def test_one_bad_subject_does_not_lose_the_others(trained, capsys):
+    task, settings, folder = trained
+    bad, good = ids('test')[0], ids('test')[1:]
+    file = source(task, bad)
+    whole = file.read_bytes()
+    file.write_bytes(whole[:len(whole) // 2])
+    try:
+        with pytest.raises(Exception, match=f'1 of {1 + len(good)} subjects could not be translated') as caught:
+            made_runs.call('infer', *settings['words'], '--seed', '1')
+        assert caught.value.one_sentence
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f'{bad}: ')]
+        assert len(lines) == 1 and str(file) in lines[0]
+        assert [row['ID'] for row in table(folder / 'test.csv')] == good
+    finally:
+        file.write_bytes(whole)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Labels
+
+@pytest.fixture
+def data_info(trained):
+    """The label table, put back after the test."""
+    path = Path('data/data_info/data_info.csv')
+    text = path.read_text()
+    yield path
+    path.write_text(text)
+
+
+def test_labels_of_other_splits_reach_neither_training_nor_prediction(trained, data_info):
+    """The same, bit for bit, when the labels of validation and test subjects are turned round or are not there at all."""
+    task, settings, folder = trained
+    if task == 'ctp2dwi':
+        pytest.skip('this task has no labels')
+    head, *lines = data_info.read_text().split()
+    held_out = {*ids('validation'), *ids('test')}
+    turned = [','.join([id, str(1 - int(label)) if id in held_out else label, *rest])
+              for id, label, *rest in (line.split(',') for line in lines)]
+    removed = [line for line in lines if line.split(',')[0] not in held_out]
+    assert turned != lines and removed != lines
+    found = {}
+    for name, rows in (('true', lines), ('turned', turned), ('removed', removed)):
+        data_info.write_text('\n'.join([head, *rows]) + '\n')
+        words = (*settings['words'], '--exp', f'labels_{name}', '--init_from', settings['exp'], '--unet_steps', '3',
+                 '--post_steps', '2')
+        for script in ('train_unet', 'post_train', 'infer'):
+            made_runs.call(script, *words)
+        place = Path('result', f'labels_{name}')
+        parts = [made_runs.loaded(place / f'last_{stage}.pth.tar')['parts'] for stage in ('unet', 'post')]
+        found[name] = dict(parts=parts, curve=made_runs.curve(place / 'validation_post.csv'),
+                           images={k: v.tolist() for k, v in images(place / 'pred').items()})
+    assert made_runs.differences(found['true'], found['turned']) == []
+    assert made_runs.differences(found['true'], found['removed']) == []
+
+
+def test_labels_of_the_training_subjects_do_reach_it(trained, data_info):
+    """So that the test above can fail."""
+    task, settings, folder = trained
+    if task == 'ctp2dwi':
+        pytest.skip('this task has no labels')
+    head, *lines = data_info.read_text().split()
+    found = []
+    for name in ('as_is', 'flipped'):
+        words = (*settings['words'], '--exp', f'training_labels_{name}', '--init_from', settings['exp'],
+                 '--unet_steps', '3', '--label_drop', '0.0')
+        made_runs.call('train_unet', *words)
+        found.append(made_runs.loaded(f'result/training_labels_{name}/last_unet.pth.tar')['parts']['unet'])
+        rows = (line.split(',') for line in lines)
+        flipped = [','.join([id, str(1 - int(label)), *rest]) for id, label, *rest in rows]
+        data_info.write_text('\n'.join([head, *flipped]) + '\n')
+    assert '/label.weight' in made_runs.differences(*found)
+
+
+def test_a_label_given_at_inference_changes_the_image_and_is_said(trained, capsys):
+    task, settings, folder = trained
+    if task == 'ctp2dwi':
+        pytest.skip('this task has no labels')
+    found = []
+    for label in ('0', '1', 'true'):
+        made_runs.call('infer', *settings['words'], '--label', label, '--guidance', '1.5')
+        assert f'the label was given (--label {label})' in capsys.readouterr().out
+        found.append(images(folder / 'pred'))
+    assert any(not np.array_equal(found[0][name], found[1][name]) for name in found[0])
