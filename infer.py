@@ -179,7 +179,8 @@ def infer_split(cfg, run, model, spec, folder):
         tables[name] = pd.DataFrame(rows)
     groups = amyloid_status(cfg, run, spec, predict, table) if 'suvr_pred' in table else None
     if run.main:
-        name = folder / (cfg.split if cfg.split == 'test' else f'infer_{cfg.split}')  # validation_*.csv are training curves
+        # validation_*.csv are training curves.
+        name = folder / (cfg.split if cfg.split == 'test' else f'infer_{cfg.split}')
         last = ['qc', 'num_steps', 'samples', 'seconds']
         save_table(table[[c for c in table if c not in last] + last], f'{name}.csv')
         for baseline, t in tables.items():
@@ -264,7 +265,7 @@ def amyloid_status(cfg, run, spec, predict, table):
 
 
 def check_source(model, subject):
-    """Is the source like those of the training set? 'ok', 'unlike training: the features that lie farthest out', or '' if not known."""
+    """Is the source like the training set's? 'ok', 'unlike training: what lies farthest out', or '' if not known."""
     if not model.qc:
         return ''
     features = source_features(subject.source, subject.mask)

@@ -37,8 +37,8 @@ def region_l1(pred, target, region):
 def lesion_l1(pred, target, lesion, mask, floor):
     """As region_l1 over the lesion, but a lesion below the share `floor` of the mask counts by its size, not fully.
 
-    A mean over five voxels would weigh each of them hundreds of times a healthy one, and the network would answer by painting
-    lesions wherever one is at all possible.
+    A mean over five voxels would weigh each of them hundreds of times a healthy one, and the network would answer by
+    painting lesions wherever one is at all possible.
     """
     error = ((pred - target).abs() * lesion).flatten(1).sum(1)
     voxels = torch.maximum(lesion.flatten(1).sum(1), floor * mask.flatten(1).sum(1))

@@ -25,7 +25,8 @@ RIM_MM = 6.0
 
 QUICK = ['psnr', 'ssim', 'mae', 'lesion_mae']                 # what quick_row returns: columns of a validation curve
 LESION_COLUMNS = ['lesion_mae', 'lesion_contrast_error', 'adc_lesion_bias', 'lesion_dice', 'lesion_dice_2ml',
-                  'lesion_dice_ceiling', 'lesion_ml', 'lesion_avd_ml', 'lesion_detected', 'false_lesion_ml', 'lesion_rim_mae']
+                  'lesion_dice_ceiling', 'lesion_ml', 'lesion_avd_ml', 'lesion_detected', 'false_lesion_ml',
+                  'lesion_rim_mae']
 NOT_SUMMARISED = ('ID', 'qc', 'status_pred', 'num_steps', 'samples', 'seconds')
 SIGNED = ('adc_lesion_bias', 'suvr_error')                    # the summary gives |.| of these a line of its own
 

@@ -25,7 +25,8 @@ from stage import Stage
 
 TERMS = ['loss', 'diffusion', 'image', 'lesion', 'grad_norm']
 FIXED = ('seed', 'batch_size', 'post_lr', 'ema', 'flip', 'shift', 'label_drop', 'post_loss', 'lambda_t', 'w_diffusion',
-         'w_image', 'w_lesion', 'lesion_floor', 'post_last_step_share', 'tune_decoder', 'detail_branch', 'detail_channels', 'crop')
+         'w_image', 'w_lesion', 'lesion_floor', 'post_last_step_share', 'tune_decoder', 'detail_branch',
+         'detail_channels', 'crop')
 
 
 def lambda_of(t, timesteps, kind):
