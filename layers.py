@@ -113,10 +113,11 @@ def upsample(x, size):
 
 
 class SourceWhitening(nn.Module):
-    """A 1 x 1 convolution on the source's channels that starts as their whitening: CT perfusion's few HU of contrast come to unit size.
+    """A 1 x 1 convolution on the source's channels that starts as their whitening.
 
-    Principal components over the channels, in the mask, each divided by sqrt(variance + median variance): signal comes to unit
-    variance, components that hold noise alone to half of it. Trained with the rest.
+    CT perfusion's few HU of contrast come to unit size: principal components over the channels, in the mask, each
+    divided by sqrt(variance + median variance), so that signal comes to unit variance, components that hold noise alone
+    to half of it. Trained with the rest.
     """
 
     def __init__(self, dims, channels):

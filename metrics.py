@@ -33,7 +33,6 @@ SIGNED = ('adc_lesion_bias', 'suvr_error')                    # the summary give
 
 class MetricError(ValueError):
     """Input that cannot be measured; the message is one sentence for the user."""
-
     one_sentence = True
 
 
@@ -206,7 +205,6 @@ def _rule_columns(pred, truth, mask, lesion, voxel_ml):
     row['false_lesion_ml'] = np.count_nonzero(false) * voxel_ml
     return row
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # one subject
 
@@ -279,7 +277,6 @@ def quick_row(pred, truth, mask, lesion, ranges, task, axis=2):
             'ssim': float(np.mean([ssim(pred[t], truth[t], mask, axis) for t in pred])),
             'mae': float(np.mean([e[mask].mean() for e in error.values()])),
             'lesion_mae': float(np.mean([e[lesion].mean() for e in error.values()])) if known else np.nan}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # all subjects

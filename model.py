@@ -244,10 +244,10 @@ class UNet(nn.Module):
 # The image grid: the detail branch of stage 3 and the regression baseline.
 
 class PixelUNet(nn.Module):
-    """A plain U-Net on the image grid: source (B, C, *S) [and an image (B, K, *S)] -> (B, K, *S). Its last layer starts at zero.
+    """A plain U-Net on the image grid: source (B, C, *S) [and an image (B, K, *S)] -> (B, K, *S). It starts at zero.
 
-    As the detail branch (with_image) it takes the decoded prediction beside the source and returns what the latent space lost:
-    pred = D(z_0_hat) + R(source, D(z_0_hat)). As the regression baseline it takes the source alone.
+    As the detail branch (with_image) it takes the decoded prediction beside the source and returns what the latent
+    space lost: pred = D(z_0_hat) + R(source, D(z_0_hat)). As the regression baseline it takes the source alone.
     """
 
     def __init__(self, spatial_dims, source_channels, image_channels, with_image, widths=(32, 64, 96), blocks=1):
