@@ -42,7 +42,7 @@ def read_table(path, needs, remedy):
             text = str(table[name][wrong[0]])[:40]
             raise ExperimentError(f"{path} is damaged ('{text}' in line {wrong[0] + 2}, column '{name}'); {remedy}")
         table[name] = numbers
-    table = table.dropna(subset=needs)
+    table = table.dropna(subset=needs[:2])  # a line cut short by a kill; a figure undefined for all subjects stays
     return table if len(table) else None
 
 
