@@ -105,6 +105,11 @@ class Diffusion(nn.Module):
         """Replace labels (B,) by `unknown` with probability p, so that the network also learns to do without."""
         return torch.where(torch.rand(len(labels), device=labels.device) < p, unknown, labels)
 
+    def draws(self, z_0, labels, unknown, drop, share=None):
+        """What a training step draws for latents z_0: time steps (B,), noise like z_0, labels (B,), some dropped."""
+        t, eps = self.draw(len(z_0), z_0.device, share), torch.randn_like(z_0)
+        return t, eps, self.drop_labels(labels, unknown, drop)
+
     def loss(self, net, z_0, t=None, eps=None, **cond):
         """Per-sample diffusion loss (B,) and the estimate z_0_hat it was made with; cond goes to the network."""
         t = self.draw(len(z_0), z_0.device) if t is None else t

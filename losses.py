@@ -28,10 +28,15 @@ def hinge_generator(fake_score):
     return -fake_score.flatten(1).mean(1)
 
 
-def region_l1(pred, target, region):
-    """Mean absolute error over channels and the voxels of a region; 0 where the region is empty."""
+def count(region):
+    """Voxels of a region, (B, 1, *S) -> (B,)."""
+    return region.flatten(1).sum(1)
+
+
+def region_l1(pred, target, region, voxels=None):
+    """Mean absolute error over channels and the voxels of a region (or a given number of voxels); 0 if it is empty."""
     error = ((pred - target).abs() * region).flatten(1).sum(1)
-    return error / (pred.shape[1] * region.flatten(1).sum(1)).clamp(min=1)
+    return error / (pred.shape[1] * (count(region) if voxels is None else voxels)).clamp(min=1)
 
 
 def lesion_l1(pred, target, lesion, mask, floor):
@@ -40,22 +45,26 @@ def lesion_l1(pred, target, lesion, mask, floor):
     A mean over five voxels would weigh each of them hundreds of times a healthy one, and the network would answer by
     painting lesions wherever one is at all possible.
     """
-    error = ((pred - target).abs() * lesion).flatten(1).sum(1)
-    voxels = torch.maximum(lesion.flatten(1).sum(1), floor * mask.flatten(1).sum(1))
-    return error / (pred.shape[1] * voxels).clamp(min=1)
+    return region_l1(pred, target, lesion, torch.maximum(count(lesion), floor * count(mask)))
 
 
-def lapt_error(pred, target, weight, region):
-    """LAPT's squared error: sum of weight * (pred - target)^2 over channels and field of view, by the region's voxels.
+def lapt_error(pred, target, weight, voxels):
+    """LAPT's squared error: sum of weight * (pred - target)^2 over channels and field of view, by a number of voxels.
 
-    weight is 1 for the image term (region: the brain mask), the lesion mask for the lesion term (region: the lesion).
+    weight is 1 for the image term (voxels: the brain mask's), the lesion mask for the lesion term (voxels: its own).
     """
-    error = ((pred - target).square() * weight).flatten(1).sum(1)
-    return error / region.flatten(1).sum(1).clamp(min=1)
+    return ((pred - target).square() * weight).flatten(1).sum(1) / voxels.clamp(min=1)
 
 
-def post_training_error(pred, target, mask, lesion, kind, floor=0.0):
-    """(E_mask, E_lesion) of stage 3, each (B,). kind: 'l1' or 'lapt'."""
+def post_training_error(pred, target, mask, lesion, kind, floor=0.0, weight=1.0, voxels=None):
+    """(E_mask, E_lesion) of stage 3, each (B,). kind: 'l1' or 'lapt'.
+
+    Of a crop: weight (B, 1, *S) is 1 / the probability that the crop holds a voxel, voxels the numbers (B,) of the
+    whole image's mask and lesion. The expected value over the crops is then the whole image's, and so is the gradient.
+    """
+    in_mask, in_lesion = voxels or (count(mask), count(lesion))
     if kind == 'l1':
-        return region_l1(pred, target, mask), lesion_l1(pred, target, lesion, mask, floor)
-    return lapt_error(pred, target, 1, mask), lapt_error(pred, target, lesion, lesion)
+        return (region_l1(pred, target, mask * weight, in_mask),
+                region_l1(pred, target, lesion * weight, torch.maximum(in_lesion, floor * in_mask)))
+    return (lapt_error(pred, target, torch.ones_like(mask) * weight, in_mask),
+            lapt_error(pred, target, lesion * weight, in_lesion))

@@ -12,6 +12,7 @@ The lesion mask (amyloid: the cortical composite) is needed in training only; ta
 checkpoints.
 """
 
+import numpy as np
 import torch
 
 import config
@@ -34,16 +35,47 @@ def lambda_of(t, timesteps, kind):
     return torch.ones_like(t, dtype=torch.float32) if kind == 'constant' else (timesteps - t) / timesteps
 
 
-def lesion_crops(lesion, mask, size):
-    """Per sample, the start of a crop of `size` voxels around a random voxel of the lesion (else of the mask)."""
-    starts = []
-    for one, brain in zip(lesion, mask, strict=True):
-        voxels = torch.nonzero(one[0] if bool(one.any()) else brain[0])
-        middle = [n // 2 for n in one.shape[1:]]
-        centre = voxels[torch.randint(len(voxels), (1,)).item()].tolist() if len(voxels) else middle
-        sizes = zip(centre, size, one.shape[1:], strict=True)
-        starts.append([max(0, min(c - s // 2, n - s)) // 4 * 4 for c, s, n in sizes])
-    return starts
+def crop_odds(lesion, region, size):
+    """The probability of each crop of `size` voxels, (x, y, z), by its start in steps of 4 voxels; lesion, region: 3D.
+
+    A crop lies around a random voxel, one time in two of the lesion (where there is one), else of the region, moved
+    inside the image where it would stick out.
+    """
+    counts = [(n - s) // 4 + 1 for n, s in zip(region.shape, size, strict=True)]
+    odds = []
+    for voxels in (torch.nonzero(x) for x in (lesion, region)):
+        starts = [((v - s // 2 + 2) // 4).clamp(0, n - 1) for v, s, n in zip(voxels.T, size, counts, strict=True)]
+        place = (starts[0] * counts[1] + starts[1]) * counts[2] + starts[2]
+        odds.append(torch.bincount(place, minlength=counts[0] * counts[1] * counts[2]).double() / max(1, len(voxels)))
+    return (sum(odds) / sum(odds).sum()).view(counts)
+
+
+def inclusion(odds, size):
+    """The probability that each block of 4 x 4 x 4 voxels lies in the crop, from crop_odds: (X/4, Y/4, Z/4)."""
+    for axis, s in enumerate(size):
+        held = torch.ones(1, 1, s // 4, dtype=odds.dtype, device=odds.device)  # a crop is s / 4 blocks long
+        lines = odds.movedim(axis, -1)
+        spread = torch.nn.functional.conv_transpose1d(lines.reshape(-1, 1, lines.shape[-1]), held)
+        odds = spread.view(*lines.shape[:-1], -1).movedim(-1, axis)
+    return odds
+
+
+def draw_crops(lesion, region, size):
+    """Per sample of lesion and region (B, 1, X, Y, Z), the start of a random crop, and weights (B, 1, *size).
+
+    The weights, 1 / inclusion, make up for lesion voxels being in the crop more often than others: the error summed
+    with them is on average, over the crops, that of the whole region, and so is its gradient, but for what a decoder
+    sees at the crop's border and in its group norms. With crops of 96 in 160 x 192 x 160 voxels they are about 1 to 6.
+    """
+    size, starts, weights = [min(s, n) for s, n in zip(size, region.shape[2:], strict=True)], [], []
+    for odds in (crop_odds(a[0], b[0], size) for a, b in zip(lesion, region, strict=True)):
+        place = torch.multinomial(odds.flatten(), 1).item()
+        starts.append([int(i) * 4 for i in np.unravel_index(place, odds.shape)])
+        weights.append(1 / inclusion(odds, size).clamp(min=1e-12))
+    weights = cut(torch.stack(weights)[:, None].float(), starts, size, factor=4)
+    for axis in (2, 3, 4):
+        weights = weights.repeat_interleave(4, dim=axis)
+    return starts, weights
 
 
 def cut(x, starts, size, factor=1):
@@ -90,11 +122,11 @@ def main():
     opt = utils.adam([dict(params=net.parameters(), lr_scale=cfg.detail_lr_scale if name == 'detail' else 1.0)
                       for name, net in trained.items()])
     parts = ', '.join(f'{name} ({count_parameters(net):,})' for name, net in trained.items())
-    stage.describe(f'training {parts}, {len(cohort)} samples, effective batch {cfg.batch_size * run.world}')
-    if not stage.resume(cfg.post_steps, TERMS, metrics.QUICK, len(cohort) / cfg.batch_size / run.world,
+    stage.describe(f'training {parts}, {len(cohort)} samples')
+    if not stage.resume(cfg.post_steps, TERMS, metrics.QUICK, len(cohort),
                         trained=trained, opt=opt, ema=ema, scaler=run.scaler):
         return
-    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.step, run.rank, run.world, cfg.workers)
+    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
     current, how, diffusion = averaged(model, ema.net), Sampling.of(cfg), model.diffusion
 
     def predict(subject):
@@ -128,8 +160,7 @@ def main():
             z_0 = model.aae.encode(batch['target']).float()
             # LAPT compares with the reconstruction.
             goal = batch['target'] if cfg.post_loss == 'l1' else current.aae.decode(z_0).float()
-        t, eps = diffusion.draw(len(z_0), z_0.device, cfg.post_last_step_share), torch.randn_like(z_0)
-        label = diffusion.drop_labels(batch['label'], spec.num_classes, cfg.label_drop)
+        t, eps, label = diffusion.draws(z_0, batch['label'], spec.num_classes, cfg.label_drop, cfg.post_last_step_share)
         lr = utils.lr_at(step, cfg.post_steps, cfg.post_lr, cfg.warmup)
         utils.set_lr(opt, lr)
         terms = {name: [] for name in ('diffusion', 'image', 'lesion')}
@@ -137,12 +168,15 @@ def main():
         for z, tt, e, source, y, target, mask, lesion in zip(*[x.chunk(cfg.accumulate) for x in arrays], strict=True):
             with run.autocast():
                 loss, z_0_hat = diffusion.loss(model.unet, z, tt, e, source=source, label=y)
+                part = {}
                 if cfg.crop and spec.spatial_dims == 3:  # decode only a part: memory
-                    starts = lesion_crops(lesion, mask, cfg.crop)
+                    starts, weight = draw_crops(lesion, mask if cfg.post_loss == 'l1' else mask >= 0, cfg.crop)
+                    part = dict(weight=weight, voxels=(losses.count(mask), losses.count(lesion)))
                     z_0_hat = cut(z_0_hat, starts, cfg.crop, factor=4)
                     source, target, mask, lesion = (cut(x, starts, cfg.crop) for x in (source, target, mask, lesion))
                 pred = model.decode(z_0_hat, source).float()
-            e_mask, e_lesion = losses.post_training_error(pred, target, mask, lesion, cfg.post_loss, cfg.lesion_floor)
+            e_mask, e_lesion = losses.post_training_error(pred, target, mask, lesion, cfg.post_loss, cfg.lesion_floor,
+                                                          **part)
             lam = lambda_of(tt, diffusion.timesteps, cfg.lambda_t)
             for name, value in zip(terms, (loss, lam * e_mask, lam * e_lesion), strict=True):
                 terms[name].append(value)

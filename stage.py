@@ -24,6 +24,11 @@ except ImportError:  # not on Windows: no lock there
     fcntl = None
 
 
+# What the less obvious names in a last_ file's `fixed` mean, for messages.
+MEANING = dict(lists='lists (fingerprint of train.txt and validation.txt)', aae='autoencoder (its fingerprint)',
+               unet='U-Net of stage 2 (its fingerprint)')
+
+
 class CsvLog:
     """A CSV file of rows with a `step`; reopened, it drops the rows at or after the resumed step."""
 
@@ -43,22 +48,33 @@ class CsvLog:
 
     def add(self, rows):
         rows = [{k: f'{v:.6g}' if isinstance(v, float) else v for k, v in r.items()} for r in rows]
-        try:
-            with open(self.path, 'a', newline='', encoding='utf-8') as f:
-                self._write(f, rows)
-        except OSError as err:  # a full disk: say which file
-            raise OSError(err.errno, err.strerror, str(self.path)) from None
+        append(self.path, lambda f: self._write(f, rows))
+
+
+def append(path, write):
+    """write(file) at the end of a text file; an error (a full disk) says which file."""
+    try:
+        with open(path, 'a', newline='', encoding='utf-8') as f:
+            write(f)
+    except OSError as err:
+        raise OSError(err.errno, err.strerror, str(path)) from None
 
 
 def lock(folder):
     """Refuse a second run in the same folder; the lock dies with its process. Returns the open file, to be kept."""
-    folder.mkdir(parents=True, exist_ok=True)
-    f = open(folder / '.lock', 'a')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        f = open(folder / '.lock', 'a')
+    except OSError as err:  # a file in its place, no right to write, a full disk
+        raise RunError(f'{folder} cannot be used as result folder ({err.filename}: {err.strerror}); move away what is '
+                       'in its place, mend its rights or choose another --exp') from None
     if fcntl:
         try:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise RunError(f'{folder} is in use by another run; wait for it or choose another --exp') from None
+        except OSError:  # a network file system without locks
+            pass
     return f
 
 
@@ -83,9 +99,10 @@ class Stage:
     def __init__(self, run, cfg, name, fixed, **more):
         self.run, self.cfg, self.name, self.folder = run, cfg, name, Path('result') / cfg.exp
         self.fixed = {key: getattr(cfg, key) for key in fixed}
-        self.fixed |= dict(precision=run.precision, processes=run.world) | more
+        self.fixed |= dict(precision=run.precision) | more
         self.fixed = json.loads(json.dumps(self.fixed))  # tuples become lists, as in the file
-        self.state = dict(step=0, seconds=0.0, evaluated=-1, best=None, best_step=-1, best_row={}, base={})
+        self.batch = cfg.batch_size * run.world  # the effective batch: samples a step over all processes
+        self.state = dict(step=0, samples=0, seconds=0.0, evaluated=-1, best=None, best_step=-1, best_row={}, base={})
         self.last = self.folder / f'last_{name}.pth.tar'
         if run.main:
             self.lock = lock(self.folder)
@@ -97,6 +114,7 @@ class Stage:
         self.start = time.perf_counter()
 
     step = property(lambda self: self.state['step'])
+    first_batch = property(lambda self: -(-self.state['samples'] // self.batch))  # where the data goes on
     base = property(lambda self: self.state['base'])
     best_step = property(lambda self: self.state['best_step'])
     best_row = property(lambda self: ', '.join(f'{k} {v:.4g}' for k, v in self.state['best_row'].items()))
@@ -116,8 +134,8 @@ class Stage:
         """Print and append to log.txt (main process)."""
         if self.run.main:
             tqdm.write(text)
-            with open(self.folder / 'log.txt', 'a', encoding='utf-8') as f:
-                f.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {self.name}: {text}\n')
+            append(self.folder / 'log.txt',
+                   lambda f: f.write(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {self.name}: {text}\n'))
 
     def describe(self, text):
         """Record what runs: the command, settings that are not the constants', config.json, git.txt."""
@@ -125,25 +143,26 @@ class Stage:
             write_atomic(self.folder / 'config.json', lambda f: json.dump(self.cfg.as_dict(), f, indent=1), 'w')
             write_atomic(self.folder / 'git.txt', lambda f: f.write(git_state() + '\n'), 'w')
         command = ' '.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        for line in [command, *self.cfg.changes(), f'device {self.run.describe()}', text]:
+        batch = f'effective batch {self.batch} ({self.cfg.batch_size} a process)'
+        for line in [command, *self.cfg.changes(), f'device {self.run.describe()}', f'{text}, {batch}']:
             self.log(line)
 
-    def resume(self, steps, terms, metrics, epoch_steps, **parts):
-        """Load last_<name> if it is there, check the fixed settings, open the CSVs. False if the stage is finished."""
-        self.parts, self.steps, self.terms, self.epoch_steps, self.pending = parts, steps, terms, epoch_steps, []
+    def resume(self, steps, terms, metrics, epoch, **parts):
+        """Load last_<name> if it is there, check the fixed settings, open the CSVs. False if the stage is finished.
+
+        epoch: samples in the training set. The number of processes may have changed: the data goes on where it was.
+        """
+        self.parts, self.steps, self.terms, self.epoch, self.pending = parts, steps, terms, epoch, []
         if self.last.exists():
-            data = load_checkpoint(self.last, f'last_{self.name}')
-            for key, value in self.fixed.items():
-                old = data['fixed'].get(key)
-                if old != value:
-                    raise RunError(f"{self.last} was trained with {key} = {old!r}, now it is {value!r}; set it back, "
-                                   'choose another --exp, or begin anew with --restart')
-            for name, part in parts.items():
-                if isinstance(part, torch.nn.Module):
-                    load_weights(part, data['parts'][name], self.last)
-                else:
-                    part.load_state_dict(data['parts'][name])
-            self.state = data['state']
+            try:
+                self._load(load_checkpoint(self.last, f'last_{self.name}'))
+            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as err:
+                raise RunError(f'{self.last} does not hold what this version of the software saves ({err!r}); '
+                               'choose another --exp, or begin anew with --restart') from None
+        if len(set(self.run.gather([self.step]))) > 1:
+            raise RunError(f'the processes do not see the same {self.last}; put result/ on a disk that all machines '
+                           'share')
+        if self.last.exists():
             if self.step >= steps and self.state['evaluated'] >= steps:
                 self.log(f'stage {self.name} is finished ({self.step} of {steps} steps); raise {self.name}_steps '
                          'to go on, or --restart to begin anew')
@@ -159,6 +178,25 @@ class Stage:
                         mininterval=0.5 if sys.stderr.isatty() else 15)
         return True
 
+    def _load(self, data):
+        """Take over the state, networks and optimisers of a last_ file, if it was trained with the same settings."""
+        batch, processes = data['fixed'].get('batch_size', self.cfg.batch_size), data['processes']
+        for key, value in self.fixed.items():
+            old = data['fixed'].get(key)
+            if old != value and not (key == 'batch_size' and batch * processes == self.batch):
+                raise RunError(f'{self.last} was trained with {MEANING.get(key, key)} = {old!r}, now it is {value!r}; '
+                               'set it back, choose another --exp, or begin anew with --restart')
+        for name, part in self.parts.items():
+            if isinstance(part, torch.nn.Module):
+                load_weights(part, data['parts'][name], self.last)
+            else:
+                part.load_state_dict(data['parts'][name])
+        self.state = {key: data['state'][key] for key in self.state}
+        if processes != self.run.world:
+            self.log(f'{processes} process{"es" * (processes > 1)} before, {self.run.world} now: effective batch '
+                     f'{batch * processes} before, {self.batch} now; the learning rate stays as it is, the noise of '
+                     'each step differs from here on')
+
     def elapsed(self):
         """Seconds of this stage over all its runs."""
         return self.state['seconds'] + time.perf_counter() - self.start
@@ -166,8 +204,8 @@ class Stage:
     def record(self, step, lr, names, **values):
         """Note one step: its loss terms, tensors (B,) or scalars; names() gives the subjects. Written every ten."""
         values = {k: v.detach().float() for k, v in values.items()}
-        self.pending.append((step, int(step / self.epoch_steps), lr, values, names, self.elapsed()))
-        self.state['step'] = step + 1
+        self.pending.append((step, self.state['samples'] // self.epoch, lr, values, names, self.elapsed()))
+        self.state.update(step=step + 1, samples=self.state['samples'] + self.batch)
         self.bar.update()
         if len(self.pending) >= 10:
             self.flush()
@@ -189,6 +227,9 @@ class Stage:
             means = self.run.mean(torch.stack([values[k].mean() for k in self.terms]))
             row = dict(zip(self.terms, means.tolist(), strict=True))
             rows.append(row | dict(step=step, epoch=epoch, lr=lr, seconds=seconds))
+        if self.run.scaler.is_enabled() and self.run.scaler.get_scale() < 2 ** -10:
+            raise RunError(f'stage {self.name}, step {self.step}: with fp16 the gradient stays infinite however small '
+                           'the loss is scaled; nothing was saved since; use --precision bf16 or fp32')
         if rows and self.run.main:
             self.loss_csv.add(rows)
             self.bar.set_postfix({k: f'{rows[-1][k]:.3g}' for k in self.terms[:3]})
@@ -235,6 +276,7 @@ class Stage:
         if self.run.main:
             state = dict(self.state, seconds=self.elapsed())
             save_checkpoint(self.last, dict(kind=f'last_{self.name}', state=state, fixed=self.fixed,
+                                            processes=self.run.world,
                                             parts={k: p.state_dict() for k, p in self.parts.items()}))
 
     def close(self):

@@ -92,13 +92,12 @@ def main():
     aae.start_from_blocks(cohort.some()['target'].to(run.device))
     opt, disc_opt, ema = utils.adam(aae.parameters()), utils.adam(disc.parameters()), utils.EMA(aae, cfg.ema)
     stage.describe(f'autoencoder {count_parameters(aae):,} parameters, discriminator {count_parameters(disc):,}, '
-                   f'{len(train_ids)} training subjects, '
-                   f'{len(cohort)} samples, effective batch {cfg.batch_size * run.world}')
-    if not stage.resume(cfg.aae_steps, TERMS, metrics.QUICK, len(cohort) / cfg.batch_size / run.world,
+                   f'{len(train_ids)} training subjects, {len(cohort)} samples')
+    if not stage.resume(cfg.aae_steps, TERMS, metrics.QUICK, len(cohort),
                         aae=aae, disc=disc, opt=opt, disc_opt=disc_opt, ema=ema, scaler=run.scaler):
         return
     mean_target = mean_image(cohort)
-    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.step, run.rank, run.world, cfg.workers)
+    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
 
     for step in range(stage.step, cfg.aae_steps + 1):
         # Evaluate the averaged weights; the row at step 0 is the untrained network.

@@ -43,12 +43,12 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
     unet.encode_source.whiten.start_from(some['source'], some['mask'])
     opt, ema = utils.adam(unet.parameters()), utils.EMA(unet, cfg.ema)
     stage.describe(f'U-Net {count_parameters(unet):,} parameters, {len(train_ids)} training subjects, '
-                   f'{len(cohort)} samples, effective batch {cfg.batch_size * run.world}')
-    if not stage.resume(cfg.unet_steps, ['loss', 'grad_norm'], metrics.QUICK, len(cohort) / cfg.batch_size / run.world,
+                   f'{len(cohort)} samples')
+    if not stage.resume(cfg.unet_steps, ['loss', 'grad_norm'], metrics.QUICK, len(cohort),
                         unet=unet, opt=opt, ema=ema, scaler=run.scaler):
         return
     qc = fit_quality(spec, cohort, validation_ids) if run.main else None
-    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.step, run.rank, run.world, cfg.workers)
+    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
     current, how = Model(model.aae, ema.net, diffusion), Sampling.of(cfg)
 
     def predict(subject):
@@ -72,8 +72,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
         batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, cfg.shift)
         with torch.no_grad(), run.autocast():
             z_0 = model.aae.encode(batch['target']).float()
-        t, eps = diffusion.draw(len(z_0), z_0.device), torch.randn_like(z_0)
-        label = diffusion.drop_labels(batch['label'], cfg.num_classes, cfg.label_drop)
+        t, eps, label = diffusion.draws(z_0, batch['label'], cfg.num_classes, cfg.label_drop)
         lr = utils.lr_at(step, cfg.unet_steps, cfg.lr, cfg.warmup)
         utils.set_lr(opt, lr)
         parts = []
@@ -102,12 +101,12 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
     some = run.to_device(cohort.some())
     net.whiten.start_from(some['source'], some['mask'])
     opt, ema = utils.adam(net.parameters()), utils.EMA(net, cfg.ema)
-    stage.describe(f'regression U-Net {count_parameters(net):,} parameters')
+    stage.describe(f'regression U-Net {count_parameters(net):,} parameters, {len(cohort)} samples')
     terms = ['loss', 'image', 'lesion', 'grad_norm']
-    if not stage.resume(cfg.regression_steps, terms, metrics.QUICK, len(cohort) / cfg.batch_size / run.world,
+    if not stage.resume(cfg.regression_steps, terms, metrics.QUICK, len(cohort),
                         net=net, opt=opt, ema=ema, scaler=run.scaler):
         return
-    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.step, run.rank, run.world, cfg.workers)
+    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
     current, how = Model(None, regression=ema.net), Sampling.of(cfg)
 
     def predict(subject):

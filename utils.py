@@ -41,9 +41,9 @@ def cli(main):
         sys.exit(f"{err.filename or 'a file'}: {err.strerror or err}"
                  + ('; free some space and run the same command again' if full else ''))
     except Exception as err:
-        if not getattr(err, 'one_sentence', False):
+        if not getattr(err, 'one_sentence', False) and not _lost_peer(err):
             raise
-        sys.exit(str(err))
+        sys.exit(str(err) if not _lost_peer(err) else 'another process of this run has stopped; its sentence says why')
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -51,6 +51,14 @@ def cli(main):
 
 # ------------------------------------------------------------------------------------------------------------------
 # Device, precision, processes
+
+def _environment(name, default):
+    """A number that torchrun sets."""
+    text = os.environ.get(name, str(default))
+    if not text.isdigit():
+        raise RunError(f"the environment variable {name} is '{text}', not a number; unset it, or start with torchrun")
+    return int(text)
+
 
 def fast_bf16():
     """Whether this CPU multiplies bfloat16 in hardware."""
@@ -61,12 +69,18 @@ def fast_bf16():
     return 'avx512_bf16' in flags or 'amx_bf16' in flags
 
 
+def _lost_peer(err):
+    """Whether an error only says that another process of the run is gone."""
+    words = ('Connection closed by peer', 'Connection reset', 'Broken pipe', 'Timed out waiting', 'NCCL', 'Socket')
+    return dist.is_initialized() and isinstance(err, RuntimeError) and any(word in str(err) for word in words)
+
+
 class Run:
     """Where and how to compute: device, autocast, processes (torchrun), backward. One process is no special case."""
 
     def __init__(self, device='auto', precision='auto'):
-        self.rank, self.world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-        local = int(os.environ.get('LOCAL_RANK', 0))
+        self.rank, self.world, local = (_environment(name, default) for name, default in
+                                        (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
         if device == 'auto':
             device = f'cuda:{local}' if torch.cuda.is_available() else 'cpu'
         try:
@@ -76,7 +90,11 @@ class Run:
             raise RunError(f"device '{device}' cannot be used here: {str(err).splitlines()[0]}; "
                            'use auto, cpu or cuda:N') from None
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo')
+            try:
+                dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo')
+            except (RuntimeError, ValueError) as err:
+                raise RunError(f'process {self.rank} of {self.world} cannot reach the others '
+                               f'({str(err).splitlines()[0]}); start the script with torchrun') from None
         if self.device.type == 'cuda':
             torch.cuda.set_device(self.device)
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True

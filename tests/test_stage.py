@@ -41,7 +41,8 @@ class Loop:
             self.stage.lock.close()
 
     def train(self, steps, loss, before):
-        self.going = self.stage.resume(steps, ['loss', 'grad_norm'], METRICS, 3.0, unet=self.net, opt=self.opt,
+        epoch = 3 * self.cfg.batch_size  # samples
+        self.going = self.stage.resume(steps, ['loss', 'grad_norm'], METRICS, epoch, unet=self.net, opt=self.opt,
                                        ema=self.ema, scaler=self.run.scaler)
         self.seen = []
         for step in range(self.stage.step, steps + 1) if self.going else ():
