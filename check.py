@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from volume import DataError
+from volume import DataError, time_points
 
 # In-mask medians of a plausible volume, and its unit. The key is the volume's name; a stroke source is 'ctp'.
 PLAUSIBLE = {'adc': (300, 2000, '1e-6 mm^2/s'), 'ctp': (0, 100, 'HU'), 'suvr': (0.3, 3, 'SUVR')}
@@ -95,12 +95,26 @@ def _likely_unit(kind, name, median, factor):
     return f"the likely unit is {likely}: set unit_scale['{name}'] = {wanted}"
 
 
+def times(spec, source, notes, report):
+    """Where the time points lie among the source's frames, and how far apart (volume.time_points); DataError."""
+    places, apart, left = time_points(source, spec.frames, spec.frame_interval, spec.frame_spacing)
+    guessed = spec.frame_spacing and not spec.frame_interval and source.time_unit == 'unknown'
+    if guessed:
+        notes.append(f'{source.path} names no unit of time: its frames are taken to be {source.time_step:.4g} s apart; '
+                     f'frame_interval says it for certain')
+    if left > 0.05 * (spec.frame_spacing or 0):
+        notes.append(f'{source.path} goes on for {left:.4g} s after the last time point; that part is left out')
+    if report is not None:
+        report['volumes']['source'].update(left=left, guessed=bool(guessed))
+    return places, apart
+
+
 def facts(volume, frame_interval):
     """What the summary says of a file."""
     frames = volume.array.shape[3] if volume.array.ndim == 4 else None
     orientation = ''.join(nib.aff2axcodes(volume.affine))
     spacing = tuple(round(float(x), 2) for x in np.linalg.norm(volume.affine[:3, :3], axis=0))
-    step = frame_interval or volume.time_step
+    step = frame_interval or volume.time_step  # s; 0: not known
     return dict(shape=volume.shape, spacing=spacing, orientation=orientation, frames=frames, step=step)
 
 
@@ -110,11 +124,12 @@ def facts(volume, frame_interval):
 GEOMETRY = {'shape': 'shape', 'spacing': 'spacing mm', 'orientation': 'orientation'}
 
 
-def report(lists, faults, inspect, threads):
+def report(lists, faults, inspect, threads, spec):
     """
     Inspect every subject of every list once, print faults ('ID: sentence') and an indented summary; number of faults.
 
-    lists: split -> IDs; faults: of the lists, as (ID, sentence); inspect: function ID -> dict(faults, volumes, ...).
+    lists: split -> IDs; faults: of the lists, as (ID, sentence); inspect: function ID -> dict(faults, volumes, ...);
+    spec: subject.Spec, for what the summary says of time points.
     """
     ids = list(dict.fromkeys(id for names in lists.values() for id in names))
     with ThreadPoolExecutor(threads) as pool:
@@ -123,14 +138,14 @@ def report(lists, faults, inspect, threads):
     faults = faults + [(id, sentence) for id in ids for sentence in found[id]['faults']]
     for id, sentence in faults:
         print(f'{id}: {" ".join(sentence.split())}')
-    for line in summary(lists, found):
+    for line in summary(lists, found, spec):
         print(f'  {line}')  # indented: no line but a fault's starts with an ID
     wrong = len({id for id, _ in faults})
     print(f'  {len(faults)} faults in {wrong} places' if faults else f'  No fault in {len(ids)} subjects.')
     return len(faults)
 
 
-def summary(lists, found):
+def summary(lists, found, spec):
     """Lines about what was read: counts, geometry, intensities, frames, lesions, labels."""
     yield 'Subjects: ' + ', '.join(f'{len(names)} in {split}' for split, names in lists.items())
     names = list(dict.fromkeys(name for one in found.values() for name in one['volumes']))
@@ -148,13 +163,7 @@ def summary(lists, found):
         frames = Counter(volume['frames'] for volume in volumes if volume['frames'])
         if frames:
             yield '  frames: ' + ', '.join(f'{value} ({count})' for value, count in frames.most_common())
-        steps = [volume['step'] * (volume['frames'] - 1) for volume in volumes if volume['frames']]
-        if steps:
-            yield f'  scan time: {min(steps):.4g}..{max(steps):.4g} s from the first to the last frame'
-            if min(steps) <= 0:
-                yield '  Note: some headers have no time step between frames; frame_interval in config.py states it.'
-            elif max(steps) > 1.25 * min(steps):
-                yield '  Note: frames are spread evenly over each scan; where it is longer, the bolus seems shorter.'
+        yield from _times([volume for volume in volumes if volume['frames']], spec)
         percentiles = [volume['percentiles'] for volume in volumes if 'percentiles' in volume]
         if percentiles:
             low, middle, high = np.median(percentiles, axis=0)
@@ -170,6 +179,30 @@ def summary(lists, found):
         for split, names in lists.items():
             counts = Counter(found[id]['label'] for id in names if 'label' in found[id])
             yield f'labels in {split}: ' + ', '.join(f'{label}: {count}' for label, count in sorted(counts.items()))
+
+
+def _times(series, spec):
+    """Lines about the time course of 4D files, and what becomes of it."""
+    if not series:
+        return
+    ends = [volume['step'] * (volume['frames'] - 1) for volume in series]
+    yield f'  scan time: {min(ends):.4g}..{max(ends):.4g} s from the first to the last frame'
+    left, apart = [volume.get('left', 0) for volume in series], spec.frame_spacing
+    guessed = sum(volume.get('guessed', False) for volume in series)
+    if apart:
+        yield f'  time points: {spec.frames}, every {apart:g} s, up to {(spec.frames - 1) * apart:g} s'
+        if max(left) > 0.05 * apart:
+            count = sum(x > 0.05 * apart for x in left)
+            yield f'  Note: {count} scans go on after that, for up to {max(left):.4g} s, which is left out.'
+        if guessed:
+            yield f'  Note: {guessed} headers name no unit of time; frame_interval in config.py says it for certain.'
+    elif spec.frames:
+        yield f'  time points: {spec.frames}, spread evenly over each scan'
+        if min(ends) <= 0:
+            yield '  Note: some headers have no time step between frames; frame_interval in config.py states it.'
+        elif max(ends) > 1.1 * min(ends):
+            yield (f'  Note: scans of different length come out at different times; for the same times in all, set '
+                   f'frame_spacing = {np.floor(100 * min(ends) / max(1, spec.frames - 1)) / 100:g} or less.')
 
 
 def _plain(value):

@@ -34,7 +34,8 @@ spatial_dims = 2                 # 2: axial slices, 3: volumes
 spacing = (3, 3, None)           # mm of the working grid; None keeps an axis as it is
 image_size = (64, 72)            # voxels of the working grid, multiples of 4; when memory runs out, lower it
 frames = 15                      # time points of a 4D source; None for a 3D source
-frame_interval = None            # seconds between the frames of a 4D source; None: as its header says
+frame_spacing = None             # seconds between these time points; None: evenly over the whole of each scan
+frame_interval = None            # seconds between the frames in the files; None: as each header says
 resample = False                 # True brings all volumes of a subject onto the first target's grid by their affines
 scaling = {'source': ('range', 0, 100), 'dwi': ('median', 0, 3), 'adc': ('range', 0, 3000)}  # or ('quantile', a, b)
 unit_scale = {'source': 1, 'dwi': 1, 'adc': 1}     # factor on a file's values, e.g. 1e6 for an ADC in mm^2/s
@@ -187,11 +188,12 @@ CHOICES = dict(
     spatial_dims=(2, 3), predict=('v', 'z_0', 'eps'),
     schedule=('scaled_linear', 'linear', 'cosine'), loss_weight=('none', 'min_snr'), post_loss=('l1', 'lapt'),
     lambda_t=('constant', 'linear'), sampler=('one_step', 'ddim', 'ddpm'), split=('train', 'validation', 'test'))
-MAY_BE_NONE = dict(init_from=str, mask=str, lesion=str, frames=int, frame_interval=float,
-                   crop=tuple, input=str, input_mask=str, out=str)
+MAY_BE_NONE = dict(init_from=str, mask=str, lesion=str, frames=int, frame_spacing=float,
+                   frame_interval=float, crop=tuple, input=str, input_mask=str, out=str)
 POSITIVE = ('batch_size', 'accumulate', 'lr', 'aae_lr', 'post_lr', 'eval_every', 'save_every', 'num_steps',
             'samples', 'timesteps',
-            'latent_channels', 'eval_batch', 'grad_clip', 'aae_blocks', 'unet_blocks', 'warmup')
+            'latent_channels', 'eval_batch', 'grad_clip', 'aae_blocks', 'unet_blocks', 'warmup', 'frame_spacing',
+            'frame_interval')
 
 _NO_SETTING = (types.ModuleType, type, types.FunctionType)
 DEFAULTS = {k: v for k, v in list(globals().items()) if k[0].islower() and not isinstance(v, _NO_SETTING)}

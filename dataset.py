@@ -28,7 +28,7 @@ from volume import DataError, failure, write_volume
 __all__ = ['Spec', 'Subject', 'Cohort', 'DataError', 'load_subject', 'loader', 'augment', 'read_split', 'read_labels',
            'read_lists', 'make_splits', 'scaling_range', 'write_volume']
 
-CACHE_VERSION = 1  # raise it when the preprocessing changes: older caches are then built anew
+CACHE_VERSION = 2  # raise it when the preprocessing changes: older caches are then built anew
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -282,7 +282,7 @@ def main(cfg):
         table = read_table(spec.data_info)
     except DataError:
         table = {}  # read_lists has said so
-    return 1 if check.report(lists, faults, lambda id: inspect(spec, table, id), thread_count()) else 0
+    return 1 if check.report(lists, faults, lambda id: inspect(spec, table, id), thread_count(), spec) else 0
 
 
 if __name__ == '__main__':

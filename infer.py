@@ -298,6 +298,7 @@ def infer_file(cfg, run, model, spec):
         raise config.SettingError('--input needs --out DIR, the folder for the images')
     files = dict(source=cfg.input, mask=cfg.input_mask)
     subject = dataset.load_subject(replace(spec, lesion=None), files=files, with_truth=False)
+    print(*(f'Note: {note}' for note in subject.notes), sep='\n', end='\n' * bool(subject.notes))
     label = int(cfg.label) if cfg.label.isdigit() else None
     pred, std = translate(run, model, subject.source, subject.id, Sampling.of(cfg), label)
     qc = check_source(model, subject)
@@ -313,6 +314,12 @@ def main():
     run = utils.Run(cfg.device, cfg.precision)
     folder = Path('result') / cfg.exp
     model = load_model(cfg, run, cfg.stage)
+    if model.prep['task'] != cfg.task or set(model.prep['target_names']) != set(cfg.targets):
+        used = folder / 'config.json'
+        used = json.loads(used.read_text())['preset'] if used.exists() else 'NAME'
+        theirs, ours = ', '.join(model.prep['target_names']), ', '.join(cfg.targets)
+        raise config.SettingError(f"the checkpoint in {folder} is for {theirs} ({model.prep['task']}), the settings "
+                                  f'are for {ours} ({cfg.task}); give the preset it was trained with: --preset {used}')
     spec = dataset.Spec.from_settings(cfg, **model.prep)
     if model.diffusion is not None and model.diffusion.predict == 'eps' and cfg.sampler == 'one_step':
         raise config.SettingError("sampler 'one_step' is refused: this network predicts eps; use --sampler ddim")

@@ -14,8 +14,8 @@ import volume as vol
 from splits import MissingFile, find_file
 from volume import DataError
 
-TRAVEL = ('task', 'spatial_dims', 'spacing', 'image_size', 'frames', 'frame_interval', 'resample', 'scaling',
-          'unit_scale', 'num_classes', 'target_names')
+TRAVEL = ('task', 'spatial_dims', 'spacing', 'image_size', 'frames', 'frame_spacing', 'frame_interval', 'resample',
+          'scaling', 'unit_scale', 'num_classes', 'target_names')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -36,6 +36,7 @@ class Spec:
     spacing: tuple | None = None
     image_size: tuple | None = None
     frames: int | None = None
+    frame_spacing: float | None = None
     frame_interval: float | None = None
     resample: bool = False
     scaling: dict = field(default_factory=dict)
@@ -110,6 +111,7 @@ class Subject:
     geometry: dict                 # qform and sform fields of the source's header
     grid: tuple                    # working grid: shape (X, Y, Z), affine
     volumes: dict                  # target -> (Volume, mask on its grid, limits of its scaling)
+    notes: list                    # sentences: what was assumed or left out on reading
 
     @property
     def spacing(self):
@@ -215,6 +217,13 @@ def load_subject(spec, id=None, files=None, with_truth=True, report=None):
             limits[name] = _limits(spec, name, volumes[name], masks[name], report)
         except DataError as error:
             fault(error)
+    notes, times = [], None
+    try:
+        times = check.times(spec, source, notes, report) if spec.frames else None
+    except DataError as error:
+        fault(error)
+    if spec.mask and not has_mask_file:
+        notes.append(f'no --input_mask was given, though the settings have mask = {spec.mask}: the mask is source > 0')
 
     # The working grid: that of the source (resample: of the first target, where it is there), turned, spaced, cropped.
     shape, affine = _reference(spec, id, files, volumes)
@@ -246,7 +255,7 @@ def load_subject(spec, id=None, files=None, with_truth=True, report=None):
         return out
 
     target = [image_onto(name, volumes[name].array[None]) for name in targets]
-    frames = source.array[..., None] if source.array.ndim == 3 else vol.resample_time(source.array, spec.frames)
+    frames = vol.resample_time(source.array, *times) if times else source.array[..., None]
     return Subject(
         id=id, spec=spec, mask=work_mask,
         source=image_onto('source', np.moveaxis(frames, -1, 0)),
@@ -255,7 +264,7 @@ def load_subject(spec, id=None, files=None, with_truth=True, report=None):
         native_mask=masks['source'],
         native_lesion=None if lesion is None else _move_mask(lesion, volumes['lesion'], source),
         shape=source.shape, affine=source.affine, geometry=source.geometry, grid=grid,
-        volumes={name: (volumes[name], masks[name], limits[name]) for name in targets})
+        volumes={name: (volumes[name], masks[name], limits[name]) for name in targets}, notes=notes)
 
 
 def _limits(spec, name, volume, mask, report):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import nibabel as nib
 import numpy as np
 
+SHORTEST_STEP, LONGEST_STEP = 0.1, 60  # s between two frames of a perfusion scan
 GEOMETRY_FIELDS = ('qform_code', 'sform_code', 'quatern_b', 'quatern_c', 'quatern_d', 'qoffset_x', 'qoffset_y',
                    'qoffset_z', 'srow_x', 'srow_y', 'srow_z')
 
@@ -25,12 +26,13 @@ class DataError(ValueError):
 
 @dataclass
 class Volume:
-    """One file: array (X, Y, Z) or (X, Y, Z, T) float32, affine, the header's geometry fields, its time step in s."""
+    """One file: array (X, Y, Z) or (X, Y, Z, T) float32, affine, the header's geometry fields, seconds a frame."""
     path: str
     array: np.ndarray
     affine: np.ndarray
     geometry: dict
-    time_step: float = 0.0
+    time_step: float = 0.0      # 0: the header does not say
+    time_unit: str = ''         # 'unknown': the header gives a number alone
 
     @property
     def shape(self):
@@ -87,7 +89,7 @@ def read_volume(path):
     affine = np.asarray(img.affine, float)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise DataError(f'{path} has an unusable affine {affine[:3].tolist()}; restore its header.')
-    return Volume(str(path), array.reshape(shape, order='A'), affine, _geometry(img), _time_step(img.header))
+    return Volume(str(path), array.reshape(shape, order='A'), affine, _geometry(img), *_time_step(img.header))
 
 
 def read_grid(path):
@@ -118,28 +120,72 @@ def _geometry(img):
     return dict(fields, pixdim=np.array(img.header['pixdim']).tolist()[:4])
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Time
+
 def _time_step(header):
-    """Seconds between two frames, 0 if the header does not say."""
+    """(seconds between two frames, unit): pixdim[4] by the unit in xyzt_units; 0 if the header does not say."""
     if not isinstance(header, nib.Nifti1Header) or header['dim'][0] < 4:
-        return 0.0
-    step = float(header['pixdim'][4]) * {'msec': 1e-3, 'usec': 1e-6}.get(header.get_xyzt_units()[1], 1.0)
-    return step if np.isfinite(step) and step > 0 else 0.0
+        return 0.0, ''
+    unit = {0: 'unknown', 8: 'sec', 16: 'msec', 24: 'usec'}.get(int(header['xyzt_units']) & 0x38, '')
+    step = abs(float(header['pixdim'][4]))
+    if unit == 'unknown':  # a number alone: seconds, or milliseconds where seconds cannot be
+        step *= 1.0 if step <= LONGEST_STEP else 1e-3
+    step *= {'msec': 1e-3, 'usec': 1e-6, '': 0.0}.get(unit, 1.0)  # '': Hz, ppm, rad/s, so that the axis is not time
+    return (step, unit) if np.isfinite(step) else (0.0, unit)
 
 
-def resample_time(array, frames):
+def time_points(volume, frames, frame_interval=None, frame_spacing=None):
     """
-    (X, Y, Z, T) -> (X, Y, Z, frames): linear interpolation at evenly spaced times from the first frame to the last.
+    The wanted time points: their places in the file's frames (frames,), how many frames apart, seconds left over.
 
-    The frames of a file are evenly spaced too, so that the time between them cancels.
+    frame_spacing None: evenly over the scan, from its first frame to its last, whatever the time between them (nothing
+    is left over). In seconds: at 0, 1, 2, ... frame_spacing after the first frame, by the header's time step or by
+    frame_interval instead; DataError if there is no sensible one, or if the scan ends before the last time point.
+    """
+    path, count = volume.path, volume.array.shape[3]
+    if frame_spacing is None:
+        places = np.linspace(0, count - 1, frames) if frames > 1 else np.array([(count - 1) / 2])
+        return places, (count - 1) / max(1, frames - 1), 0.0
+    step = frame_interval or volume.time_step
+    if not step:
+        raise DataError(f'{path} has no time step between frames in its header, which frame_spacing = '
+                        f'{frame_spacing:g} needs; set frame_interval to the seconds between its frames.')
+    if not frame_interval and not SHORTEST_STEP <= step <= LONGEST_STEP:
+        raise DataError(f'{path} has {step:.4g} s between frames by its header, expected {SHORTEST_STEP:g}..'
+                        f'{LONGEST_STEP:g} s; correct it, or set frame_interval to the seconds between its frames.')
+    end, wanted = (count - 1) * step, (frames - 1) * frame_spacing
+    if wanted > end + 0.05 * step:
+        raise DataError(f'{path} ends after {end:.4g} s ({count} frames, {step:.4g} s apart), but frames = {frames} at '
+                        f'frame_spacing = {frame_spacing:g} need {wanted:.4g} s; lower one, or leave the subject out.')
+    places = np.minimum(np.arange(frames) * frame_spacing / step, count - 1)
+    return places, frame_spacing / step, max(0.0, end - wanted)
+
+
+def resample_time(array, places, apart):
+    """
+    (X, Y, Z, T) -> (X, Y, Z, len(places)): the frames, joined by straight lines, at the given places among them.
+
+    Where places are further apart than frames, averaged over the difference, against noise; at both ends of the scan
+    over less, evenly to both sides, so that no time point moves. Frames that lie at the places are copied.
     """
     count = array.shape[3]
-    if count == frames:
+    if count == len(places) and np.abs(places - np.arange(count)).max() < 1e-3:
         return array
-    out = np.empty((*array.shape[:3], frames), np.float32, order='F')
-    for j, x in enumerate(np.linspace(0, count - 1, frames) if frames > 1 else [(count - 1) / 2]):
-        i = min(int(x), count - 2)
-        out[..., j] = array[..., i] * np.float32(1 - (x - i)) + array[..., i + 1] * np.float32(x - i)
+    out = np.zeros((*array.shape[:3], len(places)), np.float32, order='F')
+    for j, x in enumerate(places):
+        weights = _window(np.arange(count) - x, min((apart - 1) / 2, x, count - 1 - x))
+        for i in np.flatnonzero(weights > 1e-6):
+            out[..., j] += array[..., i] * np.float32(weights[i])
     return out
+
+
+def _window(distance, half):
+    """Weights of points at some distance (in frames) in the mean from -half to half of the lines that join them."""
+    if half < 1e-3:
+        return np.maximum(0, 1 - np.abs(distance))
+    low, high = np.clip(distance - half, -1, 1), np.clip(distance + half, -1, 1)
+    return (high - high * np.abs(high) / 2 - low + low * np.abs(low) / 2) / (2 * half)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

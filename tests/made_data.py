@@ -46,13 +46,13 @@ def volumes(shape=SHAPE, frames=6, seed=0, lesion=True):
     return dict(made, mask=mask, lesion=core)
 
 
-def write(path, array, matrix=OBLIQUE, dtype=np.float32, sform=1, qform=1, step=2.0):
+def write(path, array, matrix=OBLIQUE, dtype=np.float32, sform=1, qform=1, step=2.0, unit='sec'):
     """One NIfTI file; bool arrays become uint8."""
     array = np.asarray(array)
     img = nib.Nifti1Image(array.astype(np.uint8 if array.dtype == bool else dtype), matrix)
     if array.ndim == 4:
         img.header.set_zooms((*img.header.get_zooms()[:3], step))
-        img.header.set_xyzt_units('mm', 'sec')
+        img.header.set_xyzt_units('mm', unit)
     img.set_sform(matrix, sform)
     img.set_qform(matrix, qform)
     os.makedirs(os.path.dirname(path) or '.', exist_ok=True)

@@ -302,16 +302,97 @@ def test_no_plain_numbers(dtype, words):
 # ----------------------------------------------------------------------------------------------------------------------
 # Frames, intensities, masks
 
-def test_frames_are_interpolated_in_time_never_cut():
-    ramp = np.broadcast_to(np.arange(49, dtype=np.float32), (3, 3, 2, 49))
-    out = volume.resample_time(ramp, 15)
-    assert out.shape == (3, 3, 2, 15) and np.allclose(out[0, 0, 0], np.linspace(0, 48, 15), atol=1e-4)
-    assert np.allclose(volume.resample_time(ramp[..., :4], 15)[0, 0, 0], np.linspace(0, 3, 15), atol=1e-5)
-    assert volume.resample_time(ramp, 49) is ramp
-    write('a/n1/ctp.nii.gz', volumes(frames=49)['ctp'])
+def curve(t):
+    """A bolus of known shape (gamma variate, peak at 19.5 s) on a baseline of 30 HU."""
+    rise = np.maximum(0, t - 10) / 9.5
+    return 30 + 60 * rise ** 3 * np.exp(3 * (1 - rise))
+
+
+def scan(count, step, shape=(3, 3, 2), unit='sec', course=curve, path='ctp.nii.gz'):
+    """A file of `count` frames, `step` s apart, all voxels with the same time course; its header says so in `unit`."""
+    write(path, np.broadcast_to(course(np.arange(count) * step), (*shape, count)), affine(), unit=unit,
+          step=step / {'msec': 1e-3, 'usec': 1e-6}.get(unit, 1))
+    return volume.read_volume(path)
+
+
+def brought_to(read, frames, *rule):
+    places, apart, _ = volume.time_points(read, frames, *rule)
+    out = volume.resample_time(read.array, places, apart)
+    assert out.shape == (*read.shape, frames) and out.dtype == np.float32
+    assert np.ptp(out.reshape(-1, frames), axis=0).max() < 1e-3
+    return out[0, 0, 0]
+
+
+@pytest.mark.parametrize('count', [4, 15, 43, 49, 200])
+def test_whole_scan_is_spread_over_the_time_points(count):
+    """frame_spacing None: whatever the number of frames, the first and the last stay, and a straight line is one."""
+    read = scan(count, 2.0, course=lambda t: 7 + 3 * t)
+    assert np.allclose(brought_to(read, 15), np.linspace(7, 7 + 3 * 2 * (count - 1), 15), rtol=1e-5)
+    if count == 15:
+        assert volume.resample_time(read.array, *volume.time_points(read, 15)[:2]) is read.array
+    assert brought_to(read, 1) == pytest.approx(7 + 3 * (count - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize('unit', ['sec', 'msec', 'usec', 'unknown'])
+@pytest.mark.parametrize('count, step', [(49, 1.0), (43, 1.0), (25, 2.0), (13, 3.5), (90, 0.5), (15, 3.0)])
+def test_scans_of_a_cohort_come_out_at_the_same_times(count, step, unit):
+    """Another number of frames, step, length or unit in the header: the same bolus at 0, 3, 6 .. 42 s, in seconds."""
+    times = np.arange(15) * 3.0
+    out = brought_to(scan(count, step, unit=unit), 15, None, 3.0)
+    # Lines between samples are off by f'' step^2 / 8 at most, the mean over a window of 3 s - step by f'' / 6 of half
+    # of it squared; f'' is at most 4.5 HU/s^2 here.
+    bend = np.abs(np.diff(curve(np.arange(0, 60, 0.01)), 2)).max() / 0.01 ** 2
+    assert np.abs(out - curve(times)).max() <= bend * (step ** 2 / 8 + max(0, 3 - step) ** 2 / 24) < 7
+    line = brought_to(scan(count, step, unit=unit, course=lambda t: 40 - t / 2), 15, None, 3.0)
+    assert np.allclose(line, 40 - times / 2, atol=0.02)
+
+
+def test_all_frames_count_where_there_are_more_of_them_than_time_points():
+    """Between 1 s frames, time points 3 s apart are means: less noise than picking every third frame."""
+    noise = np.random.default_rng(0).normal(0, 1, (20, 20, 5, 43)).astype(np.float32)
+    out = volume.resample_time(noise, np.arange(15) * 3.0, 3.0)
+    assert out[..., 1:-1].std() == pytest.approx((1 / 16 + 1 / 4 + 1 / 16) ** 0.5, abs=0.02)
+    impulse = np.zeros((1, 1, 1, 43), np.float32)
+    impulse[..., 6] = 1
+    assert np.allclose(volume.resample_time(impulse, np.arange(15) * 3.0, 3.0)[0, 0, 0, :5], [0, 0, 0.5, 0, 0])
+
+
+def test_frame_interval_overrides_the_header():
+    """A header of another program: 1 s where the frames are 3 s apart."""
+    write('ctp.nii.gz', np.broadcast_to(curve(np.arange(15) * 3.0), (3, 3, 2, 15)), affine(), step=1.0)
+    out = brought_to(volume.read_volume('ctp.nii.gz'), 15, 3.0, 3.0)
+    assert np.allclose(out, curve(np.arange(15) * 3.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize('count, step, unit, rule, sentence', [
+    (20, 2.0, 'sec', (None, 3.0), r'ends after 38 s \(20 frames, 2 s apart\), but frames = 15 at frame_spacing = 3 '
+                                  r'need 42 s; lower one, or leave the subject out'),
+    (49, 1.0, 'sec', (0.5, 3.0), 'ends after 24 s'),
+    (49, 0.0, 'sec', (None, 3.0), 'has no time step between frames in its header, .*set frame_interval'),
+    (49, 2000.0, 'sec', (None, 3.0), 'has 2000 s between frames by its header, expected 0.1..60 s; .*frame_interval'),
+    (49, 0.002, 'msec', (None, 3.0), 'has 0.002 s between frames by its header'),
+    (49, 0.02, 'unknown', (None, 3.0), 'has 0.02 s between frames by its header'),
+    (49, 2.0, 'hz', (None, 3.0), 'has no time step')])
+def test_scans_that_do_not_reach_the_time_points(count, step, unit, rule, sentence):
+    with pytest.raises(DataError, match=f'ctp.nii.gz {sentence}'):
+        volume.time_points(scan(count, step, unit=unit), 15, *rule)
+
+
+def test_a_little_short_of_the_last_time_point_is_rounding():
+    assert np.allclose(brought_to(scan(15, 2.9999), 15, None, 3.0), curve(np.arange(15) * 2.9999), rtol=1e-3)
+
+
+def test_frames_of_a_subject():
+    write('a/n1/ctp.nii.gz', volumes(frames=49)['ctp'], step=1.0)
     for frames in (15, 49, 60):
         subject = dataset.load_subject(spec('--frames', str(frames)), files={'source': 'a/n1/ctp.nii.gz'})
         assert subject.source.shape[1] == frames
+    words = '--frames', '15', '--frame_spacing', '3'
+    subject = dataset.load_subject(spec(*words), files={'source': 'a/n1/ctp.nii.gz'})
+    wanted = volume.resample_time(volume.read_volume('a/n1/ctp.nii.gz').array, np.arange(15) * 3.0, 3.0)
+    back = (subject.to_native_raw(subject.source) + 1) * 50
+    assert np.allclose(back[subject.native_mask], wanted[subject.native_mask], atol=1e-3)
+    assert any('goes on for 6 s after the last time point; that part is left out' in note for note in subject.notes)
 
 
 @pytest.mark.parametrize(
