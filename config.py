@@ -182,6 +182,7 @@ PRESETS = {
         eval_every=5000, save_every=1000, disc_start=1000, disc_ramp=1, flip=False, shift=0, checkpointing=True,
         sampler='ddpm', num_steps=1000, w_diffusion=1.0, post_last_step_share=0),
 }
+# Your own data, here: PRESETS['mine'] = dict(PRESETS['ctp2dwi'], exp='exp_mine', data_root=...); see README, Layouts.
 
 CHOICES = dict(
     task=('ctp2dwi', 'mri2pet'), precision=('auto', 'fp32', 'bf16', 'fp16'),

@@ -35,13 +35,8 @@ def volumes(shape=SHAPE, frames=6, seed=0, lesion=True):
     core = (((place - centre) ** 2).sum(0) < 0.08) & mask & lesion
     noise = rng.normal(1, 0.05, shape)
     bolus = 1 + 0.3 * np.sin(np.linspace(0, np.pi, frames))
-    made = dict(
-        ctp=(32 * noise)[..., None] * bolus,
-        dwi=np.where(core, 220, 100) * noise,
-        adc=np.where(core, 450, 850) * noise,
-        mri=500 * noise + 100 * place[0],
-        suvr=1.2 * noise,
-    )
+    made = dict(ctp=(32 * noise)[..., None] * bolus, dwi=np.where(core, 220, 100) * noise,
+                adc=np.where(core, 450, 850) * noise, mri=500 * noise + 100 * place[0], suvr=1.2 * noise)
     made = {name: array * (mask[..., None] if array.ndim == 4 else mask) for name, array in made.items()}
     return dict(made, mask=mask, lesion=core)
 
@@ -66,8 +61,13 @@ def write_lists(folder, train, validation, test, labels=None):
         with open(f'{folder}/{split}.txt', 'w') as file:
             file.write(''.join(f'{id}\n' for id in ids))
     if labels is not None:
-        with open(f'{folder}/data_info.csv', 'w') as file:
-            file.write('ID,label,patient\n' + ''.join(f'{id},{row}\n' for id, row in labels.items()))
+        write_table(folder, labels)
+
+
+def write_table(folder, labels):
+    os.makedirs(folder, exist_ok=True)
+    with open(f'{folder}/data_info.csv', 'w') as file:
+        file.write('ID,label,patient\n' + ''.join(f'{id},{row}\n' for id, row in labels.items()))
 
 
 IDS = ('s01', 's02', 's03', 's04')
@@ -93,41 +93,13 @@ def write_amyloid(root='data', ids=IDS):
 
 def settings(*words, root='data'):
     """Settings of the small stroke subjects; words: further command-line words."""
-    return config.load(
-        '',
-        argv=[
-            '--data_root',
-            root,
-            '--data_info',
-            f'{root}/data_info',
-            '--image_size',
-            '(16, 20)',
-            '--frames',
-            '6',
-            '--spacing',
-            '(None, None, None)',
-            *words,
-        ],
-    )
+    return config.load('', argv=['--data_root', root, '--data_info', f'{root}/data_info', '--image_size', '(16, 20)',
+                                 '--frames', '6', '--spacing', '(None, None, None)', *words])
 
 
 def amyloid_settings(*words, root='data'):
-    return config.load(
-        '',
-        argv=[
-            '--preset',
-            'mri2pet_demo',
-            '--data_root',
-            root,
-            '--data_info',
-            f'{root}/data_info',
-            '--image_size',
-            '(16, 16, 16)',
-            '--spacing',
-            '(None, None, None)',
-            *words,
-        ],
-    )
+    return config.load('', argv=['--preset', 'mri2pet_demo', '--data_root', root, '--data_info', f'{root}/data_info',
+                                 '--image_size', '(16, 16, 16)', '--spacing', '(None, None, None)', *words])
 
 
 def spec(*words, root='data', **override):

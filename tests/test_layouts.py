@@ -1,142 +1,162 @@
 """Path templates on trees of files named as real data sets name them, and the three lists made from them."""
+import functools
 import os
+import re
 import shutil
 
+import nibabel as nib
 import numpy as np
 import pytest
-from made_data import IDS, OBLIQUE, affine, volumes, write, write_amyloid, write_lists, write_stroke
+from made_data import affine, settings, write, write_lists, write_stroke, write_table
 
 import config
 import dataset
 import grid
+import phantom
 import splits
+import volume
 from dataset import DataError
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Layouts: how the files are named, and the settings that find them
 
-ISLES_2018 = dict(
-    data_root='data', frames=15, mask=None, resample=False,
-    source='{root}/TRAINING/{id}/SMIR.Brain.XX.O.CT_4DPWI.*/*.nii',
-    targets={'cbf': '{root}/TRAINING/{id}/SMIR.Brain.XX.O.CT_CBF.*/*.nii',
-             'tmax': '{root}/TRAINING/{id}/SMIR.Brain.XX.O.CT_Tmax.*/*.nii'},
-    lesion='{root}/TRAINING/{id}/SMIR.Brain.XX.O.OT.*/*.nii',
-    scaling={'source': ('range', 0, 100), 'cbf': ('quantile', 0, 0.99), 'tmax': ('range', 0, 20)},
-    unit_scale={'source': 1, 'cbf': 1, 'tmax': 1})
-_24 = '{root}/train/derivatives/{id}/ses-0'
-ISLES_24 = dict(
-    data_root='data', frames=15, mask=None, resample=True,
-    source=_24 + '1/{id}_ses-01_space-ncct_ctp.nii.gz',
-    targets={'dwi': _24 + '2/{id}_ses-02_space-ncct_dwi.nii.gz', 'adc': _24 + '2/{id}_ses-02_space-ncct_adc.nii.gz'},
-    lesion=_24 + '2/{id}_ses-02_space-ncct_lesion-msk.nii.gz', unit_scale={'source': 1, 'dwi': 1, 'adc': 1e6})
-ADNI = dict(
-    preset='mri2pet_demo', data_root='data', mask='{root}/mask/{id}.nii', lesion=None, resample=True,
-    source='{root}/ADNI/{id}/MP*RAGE*/*/*/*.nii', targets={'suvr': '{root}/ADNI/{id}/AV45*/*/*/*.nii'})
+def presets_of_the_readme(repo):
+    """The lines that the README tells a user to add to config.py, run: name -> preset."""
+    text = (repo / 'README.md').read_text(encoding='utf-8')
+    lines = re.search(r'### Layouts.*?```python\n(.*?)```', text, flags=re.S)[1]
+    presets = dict(config.PRESETS)
+    exec(lines, dict(PRESETS=presets))
+    return {name: values for name, values in presets.items() if name not in config.PRESETS}
 
 
-def write_isles_2018():
-    for number in (1, 2, 3, 10):
-        arrays = volumes((20, 20, 2), frames=43 + number % 7, seed=number)
-        folder = f'data/TRAINING/case_{number}/SMIR.Brain.XX.O.'
-        named = {'CT_4DPWI': arrays['ctp'], 'CT_CBF': arrays['dwi'], 'CT_Tmax': arrays['suvr'], 'OT': arrays['lesion'],
-                 'CT': arrays['mri'], 'CT_CBV': arrays['suvr'], 'CT_MTT': arrays['suvr']}
-        for i, (name, array) in enumerate(named.items()):
-            image = f'{folder}{name}.{345000 + 10 * number + i}'
-            write(f'{image}/{os.path.basename(image)}.nii', array, affine('RAS', (1.5, 1.5, 8.0)), step=1.0)
-            open(f'{image}/License.txt', 'w').close()
-    return [f'case_{number}' for number in (1, 10, 2, 3)]
+@functools.cache
+def phantoms(task):
+    """Four phantoms in 8 mm: (dict of arrays, affine) each."""
+    make = phantom.stroke_subject if task == 'ctp2dwi' else phantom.amyloid_subject
+    made = (make(3, index, (8.0, 8.0, 8.0)) for index in range(4))
+    return [(images, brain.affine) for images, _, brain in made]
 
 
-def write_isles_24():
-    ids = [f'sub-stroke{number:04}' for number in (1, 2, 4, 189)]
-    for number, id in enumerate(ids):
-        arrays = volumes(frames=20, seed=number)
-        derived = f'data/train/derivatives/{id}'
-        for name in ('ctp', 'cta'):
-            write(
-                f'{derived}/ses-01/{id}_ses-01_space-ncct_{name}.nii.gz',
-                arrays['ctp'] if name == 'ctp' else arrays['ctp'][..., 0],
-            )
-        for name in ('tmax', 'mtt', 'cbf', 'cbv'):
-            write(f'{derived}/ses-01/perfusion-maps/{id}_ses-01_space-ncct_{name}.nii.gz', arrays['suvr'])
-        for name, array in (('dwi', arrays['dwi']), ('adc', arrays['adc'] * 1e-6), ('lesion-msk', arrays['lesion'])):
-            write(f'{derived}/ses-02/{id}_ses-02_space-ncct_{name}.nii.gz', array)
-        write(f'data/train/raw_data/{id}/ses-01/{id}_ses-01_ctp.nii.gz', arrays['ctp'])
+def write_lapt(root):
+    ids = ['0001', '0002', 'CHUV_17', 'x y']
+    for id, (images, matrix) in zip(ids, phantoms('ctp2dwi'), strict=True):
+        for name in ('ctp', 'dwi', 'adc', 'mask', 'lesion'):
+            write(f'{root}/{id}/{name}.nii.gz', images[name], matrix, step=3.5)
     return ids
 
 
-def write_adni():
+def write_il_cldm(root):
+    ids = ['002_S_0295', '002_S_0413', '011_S_0021', '127_S_0259']
+    for id, (images, matrix) in zip(ids, phantoms('mri2pet'), strict=True):
+        for folder, name in (('whole_MRI', 'mri'), ('whole_Abeta', 'pet'), ('mask', 'mask'), ('roi', 'roi')):
+            write(f'{root}/{folder}/{id}.nii', images[name], matrix)
+    write_table(f'{root}/data_info', {id: f'{i % 2},' for i, id in enumerate(ids)})
+    return ids
+
+
+def write_isles_2018(root):
+    ids = [f'case_{number}' for number in (1, 2, 3, 10)]
+    for number, (id, (images, matrix)) in enumerate(zip(ids, phantoms('ctp2dwi'), strict=True)):
+        count = 43 + 2 * number
+        ctp = volume.resample_time(images['ctp'], np.arange(count) / 3.5, 1)
+        named = {'CT_4DPWI': ctp, 'CT_CBF': images['clean_cbf'], 'CT_Tmax': images['clean_tmax'], 'CT': ctp[..., 0],
+                 'OT': images['lesion'], 'CT_CBV': images['clean_cbf'], 'CT_MTT': images['clean_tmax']}
+        for i, (name, array) in enumerate(named.items()):
+            image = f'{root}/TRAINING/{id}/SMIR.Brain.XX.O.{name}.{345000 + 10 * number + i}'
+            write(f'{image}/{os.path.basename(image)}.nii', array, matrix, step=1.0)
+            open(f'{image}/License.txt', 'w').close()
+    return ids
+
+
+def write_isles_24(root):
+    ids = [f'sub-stroke{number:04}' for number in (1, 2, 4, 189)]
+    for id, (images, matrix) in zip(ids, phantoms('ctp2dwi'), strict=True):
+        derived, ctp = f'{root}/train/derivatives/{id}', images['ctp']
+        write(f'{derived}/ses-01/{id}_ses-01_space-ncct_ctp.nii.gz', ctp, matrix)
+        write(f'{derived}/ses-01/{id}_ses-01_space-ncct_cta.nii.gz', ctp[..., 0], matrix)
+        write(f'{root}/train/raw_data/{id}/ses-01/{id}_ses-01_ctp.nii.gz', ctp, matrix)
+        for name in ('tmax', 'mtt', 'cbf', 'cbv'):
+            write(f'{derived}/ses-01/perfusion-maps/{id}_ses-01_space-ncct_{name}.nii.gz', images['clean_tmax'], matrix)
+        for name, array in (('dwi', images['dwi']), ('adc', images['adc'] * 1e-6), ('lesion-msk', images['lesion'])):
+            write(f'{derived}/ses-02/{id}_ses-02_space-ncct_{name}.nii.gz', array, matrix)
+    return ids
+
+
+def write_adni(root):
     ids = ['002_S_0295', '002_S_0413', '011_S_0021', '127_S_0259']
     tracer = 'AV45_Coreg,_Avg,_Std_Img_and_Vox_Siz,_Uniform_Resolution'
-    for number, id in enumerate(ids):
-        arrays = volumes((12, 14, 12), seed=number)
+    for number, (id, (images, matrix)) in enumerate(zip(ids, phantoms('mri2pet'), strict=True)):
         sequence = ('MPRAGE', 'MP-RAGE', 'MPRAGE_GRAPPA2', 'MP-RAGE_REPEAT')[number]
-        folder = f'data/ADNI/{id}/{sequence}/2011-06-02_07_56_36.0/I{240811 + number}'
+        folder = f'{root}/ADNI/{id}/{sequence}/2011-06-02_07_56_36.0/I{240811 + number}'
         file = f'ADNI_{id}_MR_{sequence}_br_raw_20110602125224646_127_S110474_I{240811 + number}.nii'
-        write(f'{folder}/{file}', arrays['mri'])
-        shape, matrix = (22, 24, 26), affine('RAS', (3.1, 3.0, 3.0), (0, 4, 0))  # a grid of its own, as a scanner has
-        matrix[:3, 3] = (OBLIQUE @ (6, 7, 6, 1))[:3] - matrix[:3, :3] @ (11, 12, 13)
-        pet = grid.onto(arrays['suvr'][None].astype(np.float32), OBLIQUE, matrix, shape)[0]
-        folder = f'data/ADNI/{id}/{tracer}/2011-06-09_11_00_00.0/I{300000 + number}'
-        write(f'{folder}/ADNI_{id}_PT_{tracer}_Br_20110610_I{300000 + number}.nii', pet, matrix)
-        write(f'data/mask/{id}.nii.gz', arrays['mask'])
+        write(f'{folder}/{file}', images['mri'], matrix)
+        shape, other = (29, 33, 31), affine('RAS', (6.1, 6.0, 6.0), (0, 4, 0))  # a grid of its own, as a scanner has
+        centre = matrix @ (*(np.array(images['mri'].shape) / 2), 1)
+        other[:3, 3] = centre[:3] - other[:3, :3] @ (np.array(shape) / 2)
+        pet = grid.onto(images['pet'][None].astype(np.float32), matrix, other, shape)[0]
+        folder = f'{root}/ADNI/{id}/{tracer}/2011-06-09_11_00_00.0/I{300000 + number}'
+        write(f'{folder}/ADNI_{id}_PT_{tracer}_Br_20110610_I{300000 + number}.nii', pet, other)
+        write(f'{root}/mask/{id}.nii.gz', images['mask'], matrix)
     return ids
 
 
-def lapt():
-    write_stroke()
-    return list(IDS)
+LAYOUTS = {'my_stroke': write_lapt, 'my_amyloid': write_il_cldm, 'isles24': write_isles_24,
+           'isles2018': write_isles_2018, 'adni': write_adni}
 
 
-def il_cldm():
-    write_amyloid()
-    return list(IDS)
-
-
-LAYOUTS = {
-    'lapt': (lapt, dict(data_root='data')),
-    'il-cldm': (il_cldm, dict(preset='mri2pet_demo', data_root='data')),
-    'isles 2018': (write_isles_2018, ISLES_2018),
-    'isles 24': (write_isles_24, ISLES_24),
-    'adni': (write_adni, ADNI),
-}
-
-
-def settings(values, *words):
-    """Settings of a layout with a small image and no labels; values as in config.py."""
-    cfg = config.load('', argv=['--preset', values.get('preset', 'ctp2dwi_demo'), '--num_classes', '0', *words])
-    for name, value in values.items():
-        setattr(cfg, name, value)
-    cfg.data_info, cfg.spacing, cfg.image_size = 'lists', None, (20,) * cfg.spatial_dims
-    return cfg
+def test_every_layout_of_the_readme_is_tried(repo):
+    assert set(presets_of_the_readme(repo)) == set(LAYOUTS)
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_layout(layout, capsys):
-    """The lists are made from the files found, every file is read, and training samples come out."""
-    make, values = LAYOUTS[layout]
-    ids = make()
-    cfg = settings(values)
-    cfg.make_splits = '0.5,0.25,0.25'
-    assert dataset.main(cfg) == 0
-    lists = {split: dataset.read_split('lists', split) for split in splits.SPLITS}
+def test_layout(layout, repo, monkeypatch, capsys):
+    """
+    By the README's lines alone, but for the size of the images: the lists are made from the files found, every file is
+    read without a fault, training samples come out, and the true images, written as predictions, lie over the source.
+    """
+    monkeypatch.setattr(config, 'PRESETS', config.PRESETS | presets_of_the_readme(repo))
+    values = config.PRESETS[layout]
+    ids = LAYOUTS[layout](values['data_root'])
+    dims = config.load('', ['--preset', layout], extra={'make_splits': ('', '')}).spatial_dims
+    spacing, size = ('(8, 8, 8)', (24, 28, 24)) if layout != 'adni' else ('(5, 5, 5)', (36, 44, 40))
+    words = ['--preset', layout, '--spacing', spacing, '--image_size', str(size[:dims])]
+
+    def run(*more):
+        code = dataset.main(config.load('', [*words, *more], extra={'make_splits': ('', '')}))
+        return code, capsys.readouterr().out
+
+    assert run('--make_splits', '0.5,0.25,0.25')[0] == 0
+    lists = {split: dataset.read_split(values['data_info'], split) for split in splits.SPLITS}
     assert sorted(id for names in lists.values() for id in names) == sorted(ids)
     assert [len(names) for names in lists.values()] == [2, 1, 1]
+    code, said = run()
+    assert code == 0 and 'No fault in 4 subjects' in said, said
 
-    cfg.make_splits = ''
-    capsys.readouterr()
-    assert dataset.main(cfg) == 0, capsys.readouterr().out
+    cfg = config.load('', words)
+    assert all(getattr(cfg, name) == value for name, value in values.items() if name not in ('spacing', 'image_size'))
     spec = dataset.Spec.from_settings(cfg)
-    cohort = dataset.Cohort(spec, ids)
-    assert cohort[0]['source'].shape[0] == (cfg.frames or 1) and cohort[0]['target'].shape[0] == len(cfg.targets)
+    labels = dataset.read_labels(cfg.data_info, ids, cfg.num_classes) if cfg.num_classes else None
+    sample = dataset.Cohort(spec, ids, labels)[0]
+    assert sample['source'].shape[0] == (cfg.frames or 1) and sample['target'].shape[0] == len(cfg.targets)
     subject = dataset.load_subject(spec, ids[0])
-    assert set(subject.to_native(subject.target)) == set(cfg.targets)
+    original, truth = nib.load(spec.path('source', ids[0])), subject.truth()
+    for name, image in subject.to_native(subject.target).items():
+        dataset.write_volume(f'out/{name}.nii.gz', image, subject)
+        written = nib.load(f'out/{name}.nii.gz')
+        assert written.shape == original.shape[:3] and np.array_equal(written.affine, original.affine)
+        inside = subject.native_mask
+        values = np.asanyarray(written.dataobj)
+        assert written.get_data_dtype() == np.float32 and not values[~inside].any()
+        wanted = np.clip(truth[name], *dataset.scaling_range(spec, name))
+        off, *moved = (np.abs(values - np.roll(wanted, by, axis))[inside].mean()
+                       for by, axis in ((0, 0), (1, 0), (-1, 0), (1, 1), (-1, 1), (1, 2), (-1, 2)))
+        assert off < 0.5 * min(moved) if layout == 'adni' else off < 1e-3 * wanted[inside].std(), (off, moved)
 
 
 def test_summary_is_indented(capsys):
-    lapt()
-    cfg = settings(dict(data_root='data'))
-    cfg.data_info, cfg.make_splits = 'data/data_info', ''
+    write_stroke()
+    cfg = settings()
+    cfg.make_splits = ''
     assert dataset.main(cfg) == 0
     out, err = capsys.readouterr()
     assert all(line.startswith('  ') for line in out.splitlines())
@@ -146,6 +166,7 @@ def test_summary_is_indented(capsys):
         'orientation: LAS (4)',
         'frames: 6 (4)',
         'scan time: 10..10 s',
+        'time points: 6, spread evenly over each scan',
         'lesion: 4 subjects',
         'No fault in 4 subjects',
     ):
@@ -246,7 +267,7 @@ def test_too_few_patients():
 def test_incomplete_subjects_are_left_out_and_named(capsys):
     write_stroke(ids=('s01', 's02', 's03', 's04', 's05'))
     os.remove('data/s05/adc.nii.gz')
-    cfg = settings(dict(data_root='data'))
+    cfg = settings('--data_info', 'lists')
     cfg.make_splits = '0.5,0.25,0.25'
     assert dataset.main(cfg) == 0
     assert '  left out s05: data/s05/adc.nii.gz is missing' in capsys.readouterr().out
