@@ -27,6 +27,7 @@ from made_data import (
 
 import dataset
 import splits
+import volume
 from dataset import DataError
 
 
@@ -204,6 +205,53 @@ def test_no_fault(capsys):
     code, faults, lines = check(capsys, settings())
     assert code == 0 and not faults
     assert any('1 of them with an empty lesion' in line for line in lines)
+
+
+def test_scans_of_different_length(capsys):
+    """Spread over each scan: said, with the remedy. The remedy: one scan goes on, which is said, one is too short."""
+    write_stroke()  # 6 frames, 2 s apart: 10 s
+    for id, count in (('s02', 12), ('s03', 4)):
+        array, matrix = load(f'data/{id}/ctp.nii.gz')
+        write(f'data/{id}/ctp.nii.gz', np.resize(array.T, (count, *array.T.shape[1:])).T, matrix)
+    code, faults, lines = check(capsys, settings())
+    assert code == 0 and '    frames: 6 (2), 12 (1), 4 (1)' in lines
+    assert '    scan time: 6..22 s from the first to the last frame' in lines
+    assert any('Note: scans of different length come out at different times; for the same times in all, set '
+               'frame_spacing = 1.2 or less' in line for line in lines)
+    assert check(capsys, settings('--frame_spacing', '1.2'))[0] == 0
+    code, faults, lines = check(capsys, settings('--frame_spacing', '2'))
+    assert code == 1 and len(faults) == 1
+    assert faults[0].startswith('s03: data/s03/ctp.nii.gz ends after 6 s (4 frames, 2 s apart), but frames = 6 at '
+                                'frame_spacing = 2 need 10 s; lower one')
+    assert '    time points: 6, every 2 s, up to 10 s' in lines
+    assert '    Note: 1 scans go on after that, for up to 12 s, which is left out.' in lines
+    with pytest.raises(DataError, match='^s03: data/s03/ctp.nii.gz ends after 6 s'):
+        dataset.Cohort(spec('--frame_spacing', '2'), ['s03'])
+
+
+def test_headers_without_a_unit_of_time(capsys):
+    write_stroke()
+    array, matrix = load('data/s02/ctp.nii.gz')
+    write('data/s02/ctp.nii.gz', array, matrix, step=2000.0, unit='unknown')  # milliseconds, it must be
+    assert '    scan time: 10..10 s from the first to the last frame' in check(capsys, settings())[2]
+    code, faults, lines = check(capsys, settings('--frame_spacing', '2'))
+    assert code == 0
+    assert '    Note: 1 headers name no unit of time; frame_interval in config.py says it for certain.' in lines
+    code, faults, lines = check(capsys, settings('--frame_spacing', '2', '--frame_interval', '2'))
+    assert code == 0 and not any('no unit' in line for line in lines)
+    write('data/s02/ctp.nii.gz', array, matrix, step=0.0)
+    assert any('some headers have no time step' in line for line in check(capsys, settings())[2])
+    code, faults, lines = check(capsys, settings('--frame_spacing', '2'))
+    assert code == 1 and 's02: data/s02/ctp.nii.gz has no time step between frames in its header' in faults[0]
+
+
+def test_every_file_is_read_once(capsys, monkeypatch):
+    write_stroke()
+    read, read_volume = [], volume.read_volume
+    monkeypatch.setattr(volume, 'read_volume', lambda path: (read.append(path), read_volume(path))[1])
+    assert check(capsys, settings())[0] == 0
+    assert sorted(read) == sorted(f'data/{id}/{name}.nii.gz' for id in ('s01', 's02', 's03', 's04')
+                                  for name in ('ctp', 'dwi', 'adc', 'mask', 'lesion'))
 
 
 def test_all_faults_of_a_subject_are_told(capsys):

@@ -143,9 +143,13 @@ def test_single_slices_are_scans_too():
 # Written files
 
 @pytest.mark.parametrize('sform, qform', [(1, 1), (2, 0), (0, 3), (4, 1), (0, 0)])
-def test_header_of_the_source_is_kept(sform, qform):
-    one_subject((14, 17, 5), OBLIQUE, sform=sform, qform=qform)
-    subject = dataset.load_subject(spec(root='new'), 'n1')
+@pytest.mark.parametrize('grid, words', [
+    ('las oblique', ()), ('sagittal', ('--spacing', '(2.5, 2.5, None)')), ('anisotropic', ('--resample', 'True')),
+    ('odd and larger than image_size', ('--spacing', '(2.5, 2.5, 4)', '--resample', 'True'))])
+def test_header_of_the_source_is_kept(sform, qform, grid, words):
+    shape, matrix = GRIDS[grid]
+    one_subject(shape, matrix, sform=sform, qform=qform)
+    subject = dataset.load_subject(spec('--image_size', '(32, 32)', *words, root='new'), 'n1')
     dataset.write_volume('out/adc.nii.gz', subject.to_native(subject.target)['adc'], subject)
     source, written = nib.load('new/n1/ctp.nii.gz'), nib.load('out/adc.nii.gz')
     assert written.shape == source.shape[:3] and written.get_data_dtype() == np.float32
