@@ -113,13 +113,14 @@ def write_prediction(folder, subject, pred, std, spec, record):
 
 
 def prediction_record(cfg, model, spec):
-    """What a prediction.json says: checkpoint, sampler, seed, label mode, units."""
+    """What a prediction.json says: checkpoint, sampler, seed, label mode, units, how files became arrays."""
     known = {'dwi': 'multiples of the in-mask median', 'adc': '1e-6 mm^2/s', 'suvr': 'SUVR'}
     units = {name: known.get(name, 'as scaled') for name in spec.targets}
     units |= {name: 'in-mask quantile range, 0..1' for name in spec.targets if spec.scaling[name][0] == 'quantile'}
     return dict(checkpoint=model.origin, aae=fingerprint(model.aae), exp=cfg.exp, sampler=cfg.sampler,
                 num_steps=1 if cfg.sampler == 'one_step' else cfg.num_steps,
-                samples=cfg.samples, guidance=cfg.guidance, label=cfg.label, seed=cfg.seed, units=units)
+                samples=cfg.samples, guidance=cfg.guidance, label=cfg.label, seed=cfg.seed, units=units,
+                settings=model.prep)
 
 
 def keep_aside(folder, record):

@@ -87,6 +87,8 @@ def test_every_file_of_the_contract_is_there(trained):
         assert found == {f'{name}.nii.gz' for name in settings['targets']} | {'prediction.json'}
         record = json.loads((folder / 'pred' / id / 'prediction.json').read_text())
         assert record['id'] == id and record['sampler'] == 'one_step' and 'Unet_post' in record['checkpoint']
+        assert (record['seed'], record['label'], set(record['units'])) == (0, 'unknown', set(settings['targets']))
+        assert record['settings']['task'] == task and record['settings']['scaling']['source']
     assert not list(folder.rglob('*.tmp'))
 
 
@@ -164,7 +166,7 @@ def test_ddim_with_samples_gives_a_map_of_their_spread(trained, capsys):
         assert np.abs(image - first[name]).max() <= 1e-5 * np.ptp(first[name]), name
 
 
-def test_one_new_file_without_truth(trained):
+def test_one_new_file_without_truth(trained, capsys):
     task, settings, folder = trained
     id = ids('test')[0]
     shutil.copy(source(task, id), 'new.nii.gz' if source(task, id).name.endswith('.gz') else 'new.nii')
@@ -176,7 +178,16 @@ def test_one_new_file_without_truth(trained):
         assert pred.shape == real.shape and pred.get_data_dtype() == np.float32
         np.testing.assert_allclose(pred.affine, real.affine, atol=1e-5)
         assert np.asanyarray(pred.dataobj).any()
-    assert Path('out/prediction.json').exists()
+    assert Path('out/prediction.json').exists() and 'Note: no --input_mask' not in capsys.readouterr().out
+    # Without its mask: said, since the networks were trained with mask files.
+    made_runs.call('infer', *settings['words'], '--input', str(file), '--out', 'out_2')
+    assert 'Note: no --input_mask was given, though the settings have mask = {root}/' in capsys.readouterr().out
+    assert nib.load(f'out_2/{target}.nii.gz').shape == pred.shape
+    # Under the settings of the other task: the preset that is needed is named.
+    preset, other = ('ctp2dwi_demo', 'mri2pet_demo')[::1 if task == 'ctp2dwi' else -1]
+    with pytest.raises(Exception, match=f'{task}.*give the preset it was trained with: --preset {preset}$') as caught:
+        made_runs.call('infer', '--preset', other, '--exp', folder.name, '--input', str(file), '--out', 'out_3')
+    assert caught.value.one_sentence and not Path('out_3').exists()
     with pytest.raises(Exception, match='--out') as caught:
         made_runs.call('infer', *settings['words'], '--input', str(file))
     assert caught.value.one_sentence
