@@ -157,7 +157,8 @@ def label_of(row, num_classes, data_info):
     path = os.path.join(data_info, 'data_info.csv')
     text = (row or {}).get('label', '')
     if not text:
-        raise DataError(f'{path} has no label for it; add one of 0..{num_classes - 1}, or set num_classes = 0.')
+        what = 'has no label for it' if os.path.isfile(path) else 'is missing, and with it the label'
+        raise DataError(f'{path} {what}; add one of 0..{num_classes - 1}, or set num_classes = 0.')
     try:
         value = float(text)
     except ValueError:

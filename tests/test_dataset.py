@@ -352,6 +352,13 @@ def test_fault_in_lists(name, capsys):
     assert str(error.value) == faults[0]
 
 
+def test_no_table_of_labels(capsys):
+    write_amyloid()
+    os.remove('data/data_info/data_info.csv')
+    faults = check(capsys, amyloid_settings())[1]
+    assert len(faults) == 4 and all('data_info.csv is missing, and with it the label; add' in line for line in faults)
+
+
 def test_a_missing_list_does_not_stop_another():
     write_stroke()
     os.remove('data/data_info/validation.txt')
