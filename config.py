@@ -57,7 +57,8 @@ cond_channels = 96               # channels of the encoded source
 cond_width = 32                  # first width of the source encoder
 dropout = 0.0                    # in the middle of the U-Net
 detail_branch = True             # stage 3: add R(source, D(z_0_hat)), a U-Net on the image grid
-detail_channels = (32, 64, 96)   # its widths, one a level
+detail_channels = (96, 192)      # its widths, one a level
+detail_patch = 2                 # its first level joins blocks of this many voxels along each axis; 1: full resolution
 checkpointing = False            # recompute activations in the backward pass: less memory, about a third more time
 
 # Diffusion
@@ -88,6 +89,7 @@ disc_ramp = 100                  # ... and its weight rises over this many steps
 regression = False               # train_unet.py: train the baseline instead, a plain U-Net from source to target
 regression_channels = (48, 96, 192)  # its widths: about as many parameters as the three stages together
 regression_steps = 1800          # about the training time of the three stages together
+regression_patch = 1             # the baseline works on blocks of this many voxels
 
 # Post-training
 post_loss = 'l1'                 # l1: against the real image; lapt: LAPT's squared error against the reconstruction

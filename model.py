@@ -250,13 +250,16 @@ class PixelUNet(nn.Module):
     space lost: pred = D(z_0_hat) + R(source, D(z_0_hat)). As the regression baseline it takes the source alone.
     """
 
-    def __init__(self, spatial_dims, source_channels, image_channels, with_image, widths=(32, 64, 96), blocks=1):
+    def __init__(self, spatial_dims, source_channels, image_channels, with_image, widths=(32, 64, 96), blocks=1,
+                 patch=1, cond_channels=0):
         super().__init__()
         self.args = dict(spatial_dims=spatial_dims, source_channels=source_channels, image_channels=image_channels,
-                         with_image=with_image, widths=list(widths), blocks=blocks)
+                         with_image=with_image, widths=list(widths), blocks=blocks, patch=patch,
+                         cond_channels=cond_channels)
         dims = spatial_dims
         self.whiten = SourceWhitening(dims, source_channels)
-        self.conv_in = conv(dims, source_channels + image_channels * with_image, widths[0])
+        c_in = source_channels + image_channels * with_image
+        self.conv_in = conv(dims, c_in, widths[0]) if patch == 1 else conv(dims, c_in, widths[0], patch + 2, patch)
         self.down, self.shrink, self.grow, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for i, w in enumerate(widths):
             self.down.append(nn.Sequential(*[ResBlock(dims, w, w) for _ in range(blocks)]))
@@ -264,12 +267,19 @@ class PixelUNet(nn.Module):
                 self.shrink.append(conv(dims, w, widths[i + 1], stride=2))
                 self.grow.append(conv(dims, widths[i + 1], w, kernel=1))
                 self.up.append(nn.Sequential(conv(dims, 2 * w, w), *[ResBlock(dims, w, w) for _ in range(blocks)]))
-        self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), zero_init(conv(dims, widths[0], image_channels)))
+        self.join_at = next((i for i in range(len(widths)) if patch * 2 ** i == AAE.factor), -1)
+        self.join = conv(dims, cond_channels, widths[self.join_at], kernel=1) if cond_channels else None
+        transposed = nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d
+        last = (conv(dims, widths[0], image_channels) if patch == 1 else
+                transposed(widths[0], image_channels, patch + 2, stride=patch, padding=1))
+        self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), zero_init(last))
 
-    def forward(self, source, image=None):
+    def forward(self, source, image=None, cond=None):
         x = self.whiten(source)
         x, skips = self.conv_in(x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)), []
         for i, block in enumerate(self.down):
+            if self.join is not None and i == self.join_at:
+                x = x + self.join(cond)
             x = block(x)
             if i < len(self.shrink):
                 skips.append(x)

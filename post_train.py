@@ -27,7 +27,7 @@ from stage import Stage
 TERMS = ['loss', 'diffusion', 'image', 'lesion', 'grad_norm']
 FIXED = ('seed', 'batch_size', 'post_lr', 'ema', 'flip', 'shift', 'label_drop', 'post_loss', 'lambda_t', 'w_diffusion',
          'w_image', 'w_lesion', 'lesion_floor', 'post_last_step_share', 'tune_decoder', 'detail_branch',
-         'detail_channels', 'crop')
+         'detail_channels', 'detail_patch', 'crop')
 
 
 def lambda_of(t, timesteps, kind):
@@ -108,7 +108,8 @@ def main():
     utils.seed_everything(cfg.seed, 'post weights')
     if cfg.detail_branch:
         model.detail = run.place(PixelUNet(spec.spatial_dims, cohort.source_channels, cohort.target_channels, True,
-                                           cfg.detail_channels))
+                                           cfg.detail_channels, patch=cfg.detail_patch,
+                                           cond_channels=model.unet.args['cond_channels']))
         some = run.to_device(cohort.some())
         model.detail.whiten.start_from(some['source'], some['mask'])
     trained = torch.nn.ModuleDict({'unet': model.unet})
@@ -167,14 +168,15 @@ def main():
         arrays = (z_0, t, eps, batch['source'], label, goal, batch['mask'], batch['lesion'])
         for z, tt, e, source, y, target, mask, lesion in zip(*[x.chunk(cfg.accumulate) for x in arrays], strict=True):
             with run.autocast():
-                loss, z_0_hat = diffusion.loss(model.unet, z, tt, e, source=source, label=y)
+                cond = model.unet.encode_source(source)
+                loss, z_0_hat = diffusion.loss(model.unet, z, tt, e, cond=cond, label=y)
                 part = {}
                 if cfg.crop and spec.spatial_dims == 3:  # decode only a part: memory
                     starts, weight = draw_crops(lesion, mask if cfg.post_loss == 'l1' else mask >= 0, cfg.crop)
                     part = dict(weight=weight, voxels=(losses.count(mask), losses.count(lesion)))
-                    z_0_hat = cut(z_0_hat, starts, cfg.crop, factor=4)
+                    z_0_hat, cond = (cut(x, starts, cfg.crop, factor=4) for x in (z_0_hat, cond))
                     source, target, mask, lesion = (cut(x, starts, cfg.crop) for x in (source, target, mask, lesion))
-                pred = model.decode(z_0_hat, source).float()
+                pred = model.decode(z_0_hat, source, cond).float()
             e_mask, e_lesion = losses.post_training_error(pred, target, mask, lesion, cfg.post_loss, cfg.lesion_floor,
                                                           **part)
             lam = lambda_of(tt, diffusion.timesteps, cfg.lambda_t)

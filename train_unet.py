@@ -23,7 +23,7 @@ DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'frames', 'f
         'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'ema', 'seed', 'batch_size', 'lr')
 FIXED = DATA + ('unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout', 'predict',
                 'schedule', 'timesteps', 'loss_weight', 'last_step_share', 'label_drop')
-FIXED_REGRESSION = DATA + ('regression_channels', 'w_image', 'w_lesion', 'lesion_floor')
+FIXED_REGRESSION = DATA + ('regression_channels', 'regression_patch', 'w_image', 'w_lesion', 'lesion_floor')
 
 
 def train_diffusion(cfg, run, spec, train_ids, validation_ids):
@@ -97,7 +97,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
         cohort = dataset.Cohort(spec, train_ids, labels)
     utils.seed_everything(cfg.seed, 'regression weights')
     channels = cohort.source_channels, cohort.target_channels
-    net = run.place(PixelUNet(cfg.spatial_dims, *channels, False, cfg.regression_channels))
+    net = run.place(PixelUNet(cfg.spatial_dims, *channels, False, cfg.regression_channels, patch=cfg.regression_patch))
     some = run.to_device(cohort.some())
     net.whiten.start_from(some['source'], some['mask'])
     opt, ema = utils.adam(net.parameters()), utils.EMA(net, cfg.ema)

@@ -29,10 +29,10 @@ class Model:
     stage: str = 'aae'       # aae, unet, post or regression
     origin: str = ''         # which checkpoint, for people
 
-    def decode(self, z_0, source):
+    def decode(self, z_0, source, cond):
         """Latents (B, c, *s), source (B, C, *S) -> images (B, K, *S): D(z_0) [+ R(source, D(z_0))]."""
         pred = self.aae.decode(z_0)
-        return pred if self.detail is None else pred + self.detail(source, pred)
+        return pred if self.detail is None else pred + self.detail(source, pred, cond)
 
     def eval(self):
         for net in (self.aae, self.unet, self.detail, self.regression):
@@ -131,19 +131,19 @@ def translate(run, model, source, key, how, label=None):
             if model.regression is not None:
                 preds.append(model.regression(chunk).float().cpu())
                 continue
-            latents = [_sample_latents(model, chunk, key, k, how, label) for k in range(how.samples)]
-            preds.append(model.decode(torch.stack(latents).mean(0), chunk).float().cpu())
+            cond = model.unet.encode_source(chunk)
+            latents = [_sample_latents(model, chunk, cond, key, k, how, label) for k in range(how.samples)]
+            preds.append(model.decode(torch.stack(latents).mean(0), chunk, cond).float().cpu())
             if how.samples > 1:
-                stds.append(torch.stack([model.decode(z, chunk).float() for z in latents]).std(0).cpu())
+                stds.append(torch.stack([model.decode(z, chunk, cond).float() for z in latents]).std(0).cpu())
     return torch.cat(preds).numpy(), torch.cat(stds).numpy() if stds else None
 
 
-def _sample_latents(model, source, key, k, how, label):
+def _sample_latents(model, source, cond, key, k, how, label):
     """One latent for each item of a batch of slices (or volumes) of the same subject."""
     n, unet = len(source), model.unet
     shape = (model.aae.args['latent_channels'], *[s // model.aae.factor for s in source.shape[2:]])
     draw = starting_noise((how.seed, key), shape, k, source.device)
-    cond = unet.encode_source(source)
     labels = None if label is None else torch.full((n,), label, device=source.device)
 
     def net(z_t, t):
