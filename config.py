@@ -47,7 +47,7 @@ workers = 0                      # loading processes; 0 reads the memory-mapped 
 # Networks
 latent_channels = 20             # channels of the latent, a quarter of the image size along each axis
 normalise_latents = True         # latents to mean 0, std 1 per channel over the training set
-aae_channels = (32, 64, 96)      # widths at full, half and quarter resolution
+aae_channels = (16, 32, 64)      # widths at full, half and quarter resolution
 aae_blocks = 1                   # residual blocks a level
 disc_channels = (32, 64)         # widths of the patch discriminator
 unet_channels = (64, 128)        # widths of the latent U-Net, one a level
@@ -57,8 +57,7 @@ cond_channels = 96               # channels of the encoded source
 cond_width = 32                  # first width of the source encoder
 dropout = 0.0                    # in the middle of the U-Net
 detail_branch = True             # stage 3: add R(source, D(z_0_hat)), a U-Net on the image grid
-detail_channels = (96, 192)      # its widths, one a level
-detail_patch = 2                 # its first level joins blocks of this many voxels along each axis; 1: full resolution
+detail_channels = (32, 64, 96)   # its widths, one a level, three or more
 checkpointing = False            # recompute activations in the backward pass: less memory, about a third more time
 
 # Diffusion
@@ -70,26 +69,26 @@ last_step_share = 0.15           # fraction of the training draws at t = T-1
 label_drop = 0.3                 # probability that a label is replaced by "unknown" in training
 
 # Training
-aae_steps = 350                  # optimiser steps of stage 1
-unet_steps = 450                 # of stage 2
-post_steps = 650                 # of stage 3
+aae_steps = 200                  # optimiser steps of stage 1
+unet_steps = 200                 # of stage 2
+post_steps = 1000                # of stage 3
 batch_size = 16                  # samples a step and process; lower it when memory runs out
 accumulate = 1                   # gradient accumulation: steps of batch_size / accumulate samples at a time
+optimizer = 'muon'               # muon (convolution kernels; AdamW for the rest) or adam
 lr = 1e-3                        # peak learning rate of stage 2 (warm-up, then cosine to 1 %)
 aae_lr = 1e-3                    # of stage 1 (the discriminator: a quarter)
 post_lr = 5e-4                   # of stage 3
 warmup = 50                      # steps of linear warm-up
 grad_clip = 1.0                  # largest norm of the gradient
 ema = 0.999                      # decay of the weight average, reached gradually
-eval_every = 175                 # steps between validations
-save_every = 175                 # steps between saves for resuming
+eval_every = 200                 # steps between validations
+save_every = 200                 # steps between saves for resuming
 w_adversarial = 1.0              # weight of the adversarial term against 100 x L1; 0 switches the discriminator off
-disc_start = 100                 # the discriminator trains from step 0, its loss counts from this step on
-disc_ramp = 100                  # ... and its weight rises over this many steps
+disc_start = 50                  # the discriminator trains from step 0, its loss counts from this step on
+disc_ramp = 50                   # ... and its weight rises over this many steps
 regression = False               # train_unet.py: train the baseline instead, a plain U-Net from source to target
 regression_channels = (48, 96, 192)  # its widths: about as many parameters as the three stages together
 regression_steps = 1800          # about the training time of the three stages together
-regression_patch = 1             # the baseline works on blocks of this many voxels
 
 # Post-training
 post_loss = 'l1'                 # l1: against the real image; lapt: LAPT's squared error against the reconstruction
@@ -98,7 +97,7 @@ w_diffusion = 0.1                # weight of the diffusion loss in stage 3
 w_image = 0.5                    # weight of the error in the brain mask
 w_lesion = 0.5                   # weight of the error in the lesion
 lesion_floor = 0.1               # post_loss l1: a lesion below this share of the mask counts by its size, not fully
-post_last_step_share = 0.75      # last_step_share of stage 3
+post_last_step_share = 0.9       # last_step_share of stage 3
 detail_lr_scale = 2.0            # the detail branch starts from nothing: its learning rate is post_lr times this
 tune_decoder = True              # stage 3 also trains the decoder
 crop = None                      # 3D: decode only a crop of this many voxels around the lesion, e.g. (64, 64, 64)
@@ -166,7 +165,8 @@ PRESETS = {
         predict='eps', schedule='scaled_linear', loss_weight='none', last_step_share=0, label_drop=0,
         aae_steps=100000, unet_steps=200000, post_steps=20000, batch_size=6,
         lr=4.8e-5, aae_lr=4.5e-6 * 8, post_lr=1.2e-5, warmup=1,
-        ema=0.9999, eval_every=5000, save_every=1000, disc_start=5000, disc_ramp=1, flip=False, shift=0,
+        optimizer='adam', ema=0.9999, eval_every=5000, save_every=1000, disc_start=5000, disc_ramp=1,
+        flip=False, shift=0,
         post_loss='lapt', lambda_t='linear', w_diffusion=1.0, w_image=0.01, w_lesion=0.02,
         post_last_step_share=0, tune_decoder=False,
         sampler='ddim', num_steps=50),
@@ -180,7 +180,7 @@ PRESETS = {
         unet_channels=(128, 128, 256, 512), unet_attention=(3,), cond_channels=1, cond_width=16, detail_branch=False,
         predict='eps', schedule='linear', loss_weight='none', last_step_share=0, label_drop=0,
         aae_steps=50000, unet_steps=100000, post_steps=0, batch_size=1, eval_batch=1,
-        lr=1e-4, aae_lr=1e-4, warmup=1, ema=0.9999,
+        lr=1e-4, aae_lr=1e-4, warmup=1, optimizer='adam', ema=0.9999,
         eval_every=5000, save_every=1000, disc_start=1000, disc_ramp=1, flip=False, shift=0, checkpointing=True,
         sampler='ddpm', num_steps=1000, w_diffusion=1.0, post_last_step_share=0),
 }
@@ -188,7 +188,7 @@ PRESETS = {
 
 CHOICES = dict(
     task=('ctp2dwi', 'mri2pet'), precision=('auto', 'fp32', 'bf16', 'fp16'),
-    spatial_dims=(2, 3), predict=('v', 'z_0', 'eps'),
+    spatial_dims=(2, 3), optimizer=('muon', 'adam'), predict=('v', 'z_0', 'eps'),
     schedule=('scaled_linear', 'linear', 'cosine'), loss_weight=('none', 'min_snr'), post_loss=('l1', 'lapt'),
     lambda_t=('constant', 'linear'), sampler=('one_step', 'ddim', 'ddpm'), split=('train', 'validation', 'test'))
 MAY_BE_NONE = dict(init_from=str, mask=str, lesion=str, frames=int, frame_spacing=float,

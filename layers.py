@@ -11,7 +11,7 @@ from torch import nn
 
 def conv(dims, c_in, c_out, kernel=3, stride=1):
     """A 2D or 3D convolution whose output has the input's size divided by the stride."""
-    return (nn.Conv2d if dims == 2 else nn.Conv3d)(c_in, c_out, kernel, stride, padding=(kernel - 1) // 2)
+    return (nn.Conv2d if dims == 2 else nn.Conv3d)(c_in, c_out, kernel, stride, padding=kernel // 2)
 
 
 def zero_init(layer):

@@ -183,7 +183,9 @@ class UNet(nn.Module):
         self.encode_source = SourceEncoder(dims, source_channels, cond_channels, cond_width)
         self.time = nn.Sequential(nn.Linear(self.emb_dim, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label = nn.Embedding(num_classes + 1, emb) if num_classes else None
-        self.conv_in = conv(dims, latent_channels + cond_channels, widths[0])
+        # At t = T-1 the latent is all noise: a gate of the time step lets the network shut it out there.
+        self.conv_in, self.conv_cond = conv(dims, latent_channels, widths[0]), conv(dims, cond_channels, widths[0])
+        self.gate = zero_init(nn.Linear(emb, widths[0]))
 
         def level(c_in, w, i):
             block = nn.ModuleList([ResBlock(dims, c_in, w, emb)])
@@ -225,7 +227,8 @@ class UNet(nn.Module):
             emb = emb + self.label(torch.full_like(t, self.num_classes) if label is None else label)
         emb = F.silu(emb)
         cond = self.encode_source(source) if cond is None else cond
-        x = self.conv_in(torch.cat([z_t, cond.to(z_t.dtype)], dim=1))
+        gate = 1 + self.gate(emb).view(len(z_t), -1, *[1] * (z_t.ndim - 2))
+        x = gate * self.conv_in(z_t) + self.conv_cond(cond)
         skips = [x]
         for level in self.down:
             x = self._run(level, x, emb)
@@ -246,20 +249,19 @@ class UNet(nn.Module):
 class PixelUNet(nn.Module):
     """A plain U-Net on the image grid: source (B, C, *S) [and an image (B, K, *S)] -> (B, K, *S). It starts at zero.
 
-    As the detail branch (with_image) it takes the decoded prediction beside the source and returns what the latent
-    space lost: pred = D(z_0_hat) + R(source, D(z_0_hat)). As the regression baseline it takes the source alone.
+    As the detail branch (with_image) it takes the decoded prediction beside the source, and at a quarter of the size
+    the latent U-Net's view of the source, cond (B, cond_channels, *S/4); it returns what the latent space lost:
+    pred = D(z_0_hat) + R(source, D(z_0_hat), cond). As the regression baseline it takes the source alone.
     """
 
     def __init__(self, spatial_dims, source_channels, image_channels, with_image, widths=(32, 64, 96), blocks=1,
-                 patch=1, cond_channels=0):
+                 cond_channels=0):
         super().__init__()
         self.args = dict(spatial_dims=spatial_dims, source_channels=source_channels, image_channels=image_channels,
-                         with_image=with_image, widths=list(widths), blocks=blocks, patch=patch,
-                         cond_channels=cond_channels)
+                         with_image=with_image, widths=list(widths), blocks=blocks, cond_channels=cond_channels)
         dims = spatial_dims
         self.whiten = SourceWhitening(dims, source_channels)
-        c_in = source_channels + image_channels * with_image
-        self.conv_in = conv(dims, c_in, widths[0]) if patch == 1 else conv(dims, c_in, widths[0], patch + 2, patch)
+        self.conv_in = conv(dims, source_channels + image_channels * with_image, widths[0])
         self.down, self.shrink, self.grow, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for i, w in enumerate(widths):
             self.down.append(nn.Sequential(*[ResBlock(dims, w, w) for _ in range(blocks)]))
@@ -267,18 +269,18 @@ class PixelUNet(nn.Module):
                 self.shrink.append(conv(dims, w, widths[i + 1], stride=2))
                 self.grow.append(conv(dims, widths[i + 1], w, kernel=1))
                 self.up.append(nn.Sequential(conv(dims, 2 * w, w), *[ResBlock(dims, w, w) for _ in range(blocks)]))
-        self.join_at = next((i for i in range(len(widths)) if patch * 2 ** i == AAE.factor), -1)
-        self.join = conv(dims, cond_channels, widths[self.join_at], kernel=1) if cond_channels else None
-        transposed = nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d
-        last = (conv(dims, widths[0], image_channels) if patch == 1 else
-                transposed(widths[0], image_channels, patch + 2, stride=patch, padding=1))
-        self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), zero_init(last))
+        if cond_channels:
+            if len(widths) < 3:
+                raise ValueError(f'widths {tuple(widths)}: the source features join at a quarter of the image size, so '
+                                 'give three widths or more')
+            self.join = conv(dims, cond_channels, widths[2], kernel=1)
+        self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), zero_init(conv(dims, widths[0], image_channels)))
 
     def forward(self, source, image=None, cond=None):
         x = self.whiten(source)
         x, skips = self.conv_in(x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)), []
         for i, block in enumerate(self.down):
-            if self.join is not None and i == self.join_at:
+            if i == 2 and cond is not None:
                 x = x + self.join(cond)
             x = block(x)
             if i < len(self.shrink):

@@ -19,15 +19,16 @@ import config
 import dataset
 import losses
 import metrics
+import optim
 import utils
 from infer import Model, Sampling, load_model, translate, validate
 from model import PixelUNet, count_parameters, fingerprint
 from stage import Stage
 
 TERMS = ['loss', 'diffusion', 'image', 'lesion', 'grad_norm']
-FIXED = ('seed', 'batch_size', 'post_lr', 'ema', 'flip', 'shift', 'label_drop', 'post_loss', 'lambda_t', 'w_diffusion',
-         'w_image', 'w_lesion', 'lesion_floor', 'post_last_step_share', 'tune_decoder', 'detail_branch',
-         'detail_channels', 'detail_patch', 'crop')
+FIXED = ('seed', 'batch_size', 'optimizer', 'post_lr', 'ema', 'flip', 'shift', 'label_drop', 'post_loss', 'lambda_t',
+         'w_diffusion', 'w_image', 'w_lesion', 'lesion_floor', 'post_last_step_share', 'tune_decoder', 'detail_branch',
+         'detail_channels', 'crop')
 
 
 def lambda_of(t, timesteps, kind):
@@ -108,7 +109,7 @@ def main():
     utils.seed_everything(cfg.seed, 'post weights')
     if cfg.detail_branch:
         model.detail = run.place(PixelUNet(spec.spatial_dims, cohort.source_channels, cohort.target_channels, True,
-                                           cfg.detail_channels, patch=cfg.detail_patch,
+                                           cfg.detail_channels,
                                            cond_channels=model.unet.args['cond_channels']))
         some = run.to_device(cohort.some())
         model.detail.whiten.start_from(some['source'], some['mask'])
@@ -120,8 +121,8 @@ def main():
     ema = utils.EMA(trained, cfg.ema)
     model.unet.train()
     # The new branch starts from nothing and learns faster than what is already trained.
-    opt = utils.adam([dict(params=net.parameters(), lr_scale=cfg.detail_lr_scale if name == 'detail' else 1.0)
-                      for name, net in trained.items()])
+    scale = dict(unet=1, decoder=1, detail=cfg.detail_lr_scale)
+    opt = optim.make(cfg.optimizer, [(net, scale[name]) for name, net in trained.items()], run.precision)
     parts = ', '.join(f'{name} ({count_parameters(net):,})' for name, net in trained.items())
     stage.describe(f'training {parts}, {len(cohort)} samples')
     if not stage.resume(cfg.post_steps, TERMS, metrics.QUICK, len(cohort),

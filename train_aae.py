@@ -15,6 +15,7 @@ import config
 import dataset
 import losses
 import metrics
+import optim
 import utils
 from model import AAE, Discriminator, count_parameters
 from stage import Stage
@@ -22,7 +23,7 @@ from stage import Stage
 TERMS = ['loss', 'l1', 'adversarial', 'discriminator', 'grad_norm']
 FIXED = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'scaling', 'unit_scale', 'latent_channels',
          'normalise_latents', 'aae_channels', 'aae_blocks', 'disc_channels', 'w_adversarial', 'flip', 'shift', 'ema',
-         'seed', 'batch_size', 'aae_lr')
+         'seed', 'batch_size', 'optimizer', 'aae_lr')
 
 
 def adversarial_weight(step, cfg):
@@ -90,7 +91,8 @@ def main():
     aae = run.place(AAE(cfg.spatial_dims, len(cfg.targets), cfg.latent_channels, cfg.aae_channels, cfg.aae_blocks))
     disc = run.place(Discriminator(cfg.spatial_dims, len(cfg.targets), cfg.disc_channels))
     aae.start_from_blocks(cohort.some()['target'].to(run.device))
-    opt, disc_opt, ema = utils.adam(aae.parameters()), utils.adam(disc.parameters()), utils.EMA(aae, cfg.ema)
+    opt, ema = optim.make(cfg.optimizer, [(aae, 1)], run.precision), utils.EMA(aae, cfg.ema)
+    disc_opt = optim.make('adam', [(disc, 1)])
     stage.describe(f'autoencoder {count_parameters(aae):,} parameters, discriminator {count_parameters(disc):,}, '
                    f'{len(train_ids)} training subjects, {len(cohort)} samples')
     if not stage.resume(cfg.aae_steps, TERMS, metrics.QUICK, len(cohort),

@@ -13,6 +13,7 @@ import config
 import dataset
 import losses
 import metrics
+import optim
 import utils
 from diffusion import Diffusion
 from infer import Model, Sampling, fit_quality, load_aae, translate, validate
@@ -20,10 +21,10 @@ from model import PixelUNet, UNet, count_parameters, fingerprint
 from stage import Stage
 
 DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'frames', 'frame_spacing', 'frame_interval',
-        'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'ema', 'seed', 'batch_size', 'lr')
+        'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'ema', 'seed', 'batch_size', 'optimizer', 'lr')
 FIXED = DATA + ('unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout', 'predict',
                 'schedule', 'timesteps', 'loss_weight', 'last_step_share', 'label_drop')
-FIXED_REGRESSION = DATA + ('regression_channels', 'regression_patch', 'w_image', 'w_lesion', 'lesion_floor')
+FIXED_REGRESSION = DATA + ('regression_channels', 'w_image', 'w_lesion', 'lesion_floor')
 
 
 def train_diffusion(cfg, run, spec, train_ids, validation_ids):
@@ -41,7 +42,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
     diffusion = Diffusion(cfg.predict, cfg.schedule, cfg.timesteps, cfg.loss_weight, cfg.last_step_share).to(run.device)
     some = run.to_device(cohort.some())
     unet.encode_source.whiten.start_from(some['source'], some['mask'])
-    opt, ema = utils.adam(unet.parameters()), utils.EMA(unet, cfg.ema)
+    opt, ema = optim.make(cfg.optimizer, [(unet, 1)], run.precision), utils.EMA(unet, cfg.ema)
     stage.describe(f'U-Net {count_parameters(unet):,} parameters, {len(train_ids)} training subjects, '
                    f'{len(cohort)} samples')
     if not stage.resume(cfg.unet_steps, ['loss', 'grad_norm'], metrics.QUICK, len(cohort),
@@ -97,10 +98,10 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
         cohort = dataset.Cohort(spec, train_ids, labels)
     utils.seed_everything(cfg.seed, 'regression weights')
     channels = cohort.source_channels, cohort.target_channels
-    net = run.place(PixelUNet(cfg.spatial_dims, *channels, False, cfg.regression_channels, patch=cfg.regression_patch))
+    net = run.place(PixelUNet(cfg.spatial_dims, *channels, False, cfg.regression_channels))
     some = run.to_device(cohort.some())
     net.whiten.start_from(some['source'], some['mask'])
-    opt, ema = utils.adam(net.parameters()), utils.EMA(net, cfg.ema)
+    opt, ema = optim.make(cfg.optimizer, [(net, 1)], run.precision), utils.EMA(net, cfg.ema)
     stage.describe(f'regression U-Net {count_parameters(net):,} parameters, {len(cohort)} samples')
     terms = ['loss', 'image', 'lesion', 'grad_norm']
     if not stage.resume(cfg.regression_steps, terms, metrics.QUICK, len(cohort),

@@ -201,11 +201,6 @@ def set_lr(opt, lr):
         group['lr'] = lr * group.get('lr_scale', 1)
 
 
-def adam(params, **kwargs):
-    """Fused AdamW without weight decay (it multiplies many small kernels into one)."""
-    return torch.optim.AdamW(params, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True, **kwargs)
-
-
 class EMA:
     """Moving average of parameters and copy of buffers; its decay grows as (1 + step) / (10 + step) up to `decay`."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import config
+import optim
 import stage as room
 import utils
 from stage import CsvLog, Stage
@@ -32,7 +33,7 @@ class Loop:
         utils.seed_everything(0)
         self.cfg, self.run = settings(*words), utils.Run('cpu', 'fp32')
         self.net = nn.Linear(1, 1)
-        self.opt, self.ema = utils.adam(self.net.parameters()), utils.EMA(self.net, 0.9)
+        self.opt, self.ema = optim.make('adam', [(self.net, 1)]), utils.EMA(self.net, 0.9)
         self.stage = Stage(self.run, self.cfg, 'unet', ('task', 'seed', 'batch_size', 'lr'), lists=7)
         self.stage.describe('a network of one number')
         try:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import optim
 import utils
 from utils import RunError
 
@@ -191,7 +192,7 @@ def test_learning_rate_by_hand():
 
 def test_set_lr_honours_the_scale_of_a_group():
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
-    opt = utils.adam([dict(params=a.parameters()), dict(params=b.parameters(), lr_scale=3.0)])
+    opt = optim.make('adam', [(a, 1.0), (b, 3.0)])
     utils.set_lr(opt, 0.5)
     assert [group['lr'] for group in opt.param_groups] == [0.5, 1.5]
 

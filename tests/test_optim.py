@@ -1,0 +1,103 @@
+"""The optimisers: Muon against PyTorch's own for matrices, against the singular value decomposition, and by parts."""
+
+import pytest
+import torch
+from torch import nn
+
+import optim
+import utils
+from model import PixelUNet, UNet
+
+
+@pytest.mark.parametrize('shape', [(3, 24, 60), (2, 60, 24), (1, 32, 32)])
+def test_orthogonalise_brings_the_singular_values_near_one_and_keeps_the_singular_vectors(shape):
+    torch.manual_seed(0)
+    g = torch.randn(shape)
+    out = optim.orthogonalise(g)
+    values = torch.linalg.svdvals(out)
+    assert out.shape == g.shape and 0.6 < values[:, :-1].min() and values.max() < 1.3
+    u, _, vt = torch.linalg.svd(g, full_matrices=False)
+    inner = u.mT @ out @ vt.mT                      # diagonal if the vectors are the same
+    off = inner - torch.diag_embed(inner.diagonal(dim1=1, dim2=2))
+    assert off.abs().max() < 1e-3
+    assert torch.equal(optim.orthogonalise(g), optim.orthogonalise(g))
+    assert torch.allclose(optim.orthogonalise(g[:1]), out[:1], atol=1e-4)  # matrices of a batch do not mix
+    assert torch.allclose(optim.orthogonalise(1e-4 * g), out, atol=1e-2)   # the scale of the gradient does not matter
+
+
+@pytest.mark.parametrize('shape', [(20, 50), (50, 20)])
+def test_muon_is_pytorchs_muon_for_matrices(shape):
+    torch.manual_seed(0)
+    start = torch.randn(shape)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    a = optim.Muon([ours], lr=0.02, weight_decay=0.01, dtype=torch.bfloat16)
+    b = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.01, momentum=0.95, nesterov=True, adjust_lr_fn='original')
+    for _ in range(4):
+        g = torch.randn(shape)
+        ours.grad, theirs.grad = g.clone(), g.clone()
+        a.step()
+        b.step()
+    moved = (theirs - start).norm()
+    assert moved > 0.1 and (ours - theirs).norm() < 0.01 * moved  # both iterate in bf16
+
+
+def test_a_kernel_counts_as_the_matrix_of_its_outputs_whatever_its_memory_format():
+    torch.manual_seed(0)
+    start, g = torch.randn(16, 18, 3, 3), torch.randn(16, 18, 3, 3)
+    as_matrix = nn.Parameter(start.flatten(1).clone())
+    kernels = [nn.Parameter(start.clone()), nn.Parameter(start.clone().to(memory_format=torch.channels_last))]
+    alone, as_matrix.grad = optim.Muon([as_matrix], lr=0.1), g.flatten(1)
+    together = optim.Muon(kernels, lr=0.1)
+    for p in kernels:
+        p.grad = g.clone()
+    alone.step()
+    together.step()
+    for p in kernels:
+        assert torch.allclose(p.flatten(1), as_matrix, atol=1e-5)
+    assert kernels[1].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_muon_takes_the_hidden_kernels_and_adamw_all_the_rest():
+    unet = UNet(2, 4, 3, (16, 32), 1, (), 16, 16, num_classes=2)
+    opt = optim.make('muon', [(unet, 1.0), (PixelUNet(2, 3, 2, False, (16, 16, 16)), 3.0)])
+    muon, adamw = opt.parts['muon'].param_groups, opt.parts['adamw'].param_groups
+    assert all(p.ndim == 4 and min(p.shape[:2]) >= 16 for group in muon for p in group['params'])
+    names = {id(p): n for n, p in unet.named_parameters()}
+    taken = {names[id(p)] for p in muon[0]['params']}
+    assert 'middle.0.conv_1.weight' in taken and not [n for n in taken if 'whiten' in n or 'label' in n or 'bias' in n]
+    assert sum(len(group['params']) for group in muon[:1] + adamw[:1]) == len(list(unet.parameters()))
+    utils.set_lr(opt, 1e-3)
+    assert [round(group['lr'], 9) for group in opt.param_groups] == [0.02, 0.06, 0.001, 0.003]
+
+
+@pytest.mark.parametrize('kind', ['muon', 'adam'])
+def test_a_restored_optimiser_goes_on_with_equal_tensors(kind, tmp_path):
+    def fresh():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(2, 16, 3), nn.SiLU(), nn.Conv2d(16, 16, 3), nn.SiLU(), nn.Conv2d(16, 2, 1))
+        return net, optim.make(kind, [(net, 1.0)])
+
+    def train(net, opt, steps):
+        for step in steps:
+            utils.set_lr(opt, 1e-2)
+            torch.manual_seed(step)
+            x = torch.randn(4, 2, 8, 8)
+            (net(x) - x[:, :, 2:-2, 2:-2]).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+
+    straight, opt = fresh()
+    train(straight, opt, range(6))
+    net, opt = fresh()
+    train(net, opt, range(3))
+    torch.save(dict(net=net.state_dict(), opt=opt.state_dict()), tmp_path / 'last.pt')
+    again, opt = fresh()
+    state = torch.load(tmp_path / 'last.pt', weights_only=True)
+    again.load_state_dict(state['net'])
+    opt.load_state_dict(state['opt'])
+    train(again, opt, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), again.parameters(), strict=True))
+
+
+def test_a_network_without_hidden_kernels_is_left_to_adamw():
+    assert isinstance(optim.make('muon', [(nn.Linear(3, 3), 1.0)]), torch.optim.AdamW)
