@@ -11,7 +11,7 @@ FILES = sorted(REPO.glob('*.py'))
 NAMES = {file.stem for file in FILES}
 
 LEAVES = {'config', 'dataset', 'model', 'diffusion', 'losses', 'metrics', 'utils',
-          'layers', 'stage',                                     # model.py and utils.py, split by name
+          'layers', 'stage', 'optim',                            # model.py and utils.py, split by name
           'volume', 'grid', 'splits', 'check', 'subject',        # dataset.py, split by name; it is their door
           'quality', 'status',                                   # beside metrics.py: trust, amyloid status
           'anatomy', 'stroke', 'amyloid', 'describe',            # the parts of phantom.py
