@@ -1,0 +1,355 @@
+"""
+Speed and memory of every stage and sampler, beside this machine's measured peak, plain modules and MONAI.
+
+python benchmark.py                    the whole table, one process a row, kept in result/benchmark.csv as it is done
+python benchmark.py --peer monai       MONAI's rows as well (from an environment that has monai and einops)
+python benchmark.py --only il_cldm     rows whose name contains this (or matches it, with * and ?)
+
+Run it again to go on with what is missing; --restart begins anew. Quote ratios of one run on a quiet machine only: the
+column others_cores says how many cores other processes kept busy meanwhile.
+"""
+
+import argparse
+import csv
+import fnmatch
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from stage import git_state
+from utils import RunError, cli, write_atomic
+
+COLUMNS = ('name', 'row', 'seconds_step', 'seconds_subject', 'memory_mb', 'memory_import_mb', 'tflop', 'gflops',
+           'share_of_peak', 'loading', 'batch', 'size', 'parameters', 'precision', 'steps', 'others_cores', 'note',
+           'machine', 'code')
+
+# ------------------------------------------------------------------------------------------------------------------
+# The rows: name -> (function of timing.py or peers.py, its arguments). What is smaller than the preset says so.
+
+CROP = ['--image_size', '(80, 96, 80)']
+LARGE = dict(least=2, budget=2.0)
+DEMOS = ('ctp2dwi_demo', 'mri2pet_demo')
+
+
+def words(**settings):
+    return [w for name, value in settings.items() for w in (f'--{name}', str(value))]
+
+
+def rows(peer):
+    """All rows in the order they are measured; what is compared stands side by side."""
+    found = {'peak': ('timing.peak_rows', dict(least=5, budget=0.5))}
+
+    def step(name, stage, preset, more=(), note='', function='timing.train_step', **how):
+        found[name] = (function, dict(stage=stage, preset=preset, words=list(more), note=note, **how))
+
+    def against_monai(stage, preset, more=(), probe=(), note='', **how):
+        for who in ('ours', 'monai') if peer == 'monai' else ():
+            pair = dict(who=who, probe=list(probe) if who == 'monai' else [])
+            step(f'pair/{preset}/{stage}/{who}', stage, preset, more, note, 'peers.pair_step', **pair, **how)
+
+    for preset in DEMOS:
+        for stage in ('aae', 'unet'):
+            step(f'ours/{preset}/{stage}', stage, preset)
+            step(f'plain/{preset}/{stage}', stage, preset, function='peers.plain_step', least=2, budget=1.0)
+            against_monai(stage, preset, probe=words(batch_size=4 if preset == DEMOS[0] else 1))
+        step(f'ours/{preset}/post', 'post', preset)
+        found[f'ours/{preset}/sample'] = ('timing.sample_rows', dict(preset=preset, least=2, budget=0.5))
+        if peer == 'monai':
+            found[f'monai/{preset}/sample'] = ('peers.monai_sampler_rows', dict(preset=preset, least=2, budget=0.5))
+
+    # Sizes of the two papers. 2D: fewer slices a step; 3D: the autoencoder on a crop.
+    some = 'batch {}; the preset has more'
+    step('ours/ctp2dwi/aae', 'aae', 'ctp2dwi', words(batch_size=2), some.format(2), **LARGE)
+    step('ours/ctp2dwi/unet', 'unet', 'ctp2dwi', words(batch_size=4), some.format(4), **LARGE)
+    step('ours/ctp2dwi/post', 'post', 'ctp2dwi', words(batch_size=2), some.format(2), **LARGE)
+    found['ours/ctp2dwi/sample'] = ('timing.sample_rows', dict(preset='ctp2dwi', items=4, ddim=(2, 4), ddpm=(2, 4),
+                                                               least=1, budget=0))
+    step('ours/lapt/unet', 'unet', 'lapt', words(batch_size=2), some.format(2), **LARGE)
+    step('ours/il_cldm/aae', 'aae', 'il_cldm', CROP, 'crop of 80x96x80', **LARGE)
+    step('ours/il_cldm/unet', 'unet', 'il_cldm', words(checkpointing=False), 'without checkpointing', **LARGE)
+    step('ours/mri2pet/aae', 'aae', 'mri2pet', CROP, 'crop of 80x96x80', **LARGE)
+    step('ours/mri2pet/unet', 'unet', 'mri2pet', (), 'FLOPs include the recomputation of checkpointing', **LARGE)
+    step('ours/mri2pet/post', 'post', 'mri2pet', (), 'decodes a crop of 96x96x96; checkpointing', **LARGE)
+    found['ours/mri2pet/sample'] = ('timing.sample_rows', dict(preset='mri2pet', ddim=(1, 3), ddpm=(1, 3),
+                                                               least=1, budget=0))
+    against_monai('aae', 'ctp2dwi', words(batch_size=2), words(batch_size=1), **LARGE)
+    against_monai('unet', 'ctp2dwi', words(batch_size=4), words(batch_size=1), **LARGE)
+    against_monai('aae', 'mri2pet', CROP, words(image_size=(32, 48, 32)), **LARGE)
+    against_monai('unet', 'mri2pet', words(checkpointing=False), CROP, **LARGE)
+    if peer == 'monai':
+        small = dict(least=1, budget=0)
+        found['monai/ctp2dwi/sample'] = ('peers.monai_sampler_rows',
+                                         dict(preset='ctp2dwi', items=4, probe=words(image_size=(96, 112)), **small))
+        found['monai/mri2pet/sample'] = ('peers.monai_sampler_rows',
+                                         dict(preset='mri2pet', ddim=(1, 3), ddpm=(1, 3), probe=CROP, **small))
+
+    # How cost grows; together with the rows above these give the bytes of activations per voxel.
+    for size in ((48, 48, 48), (64, 64, 64)):
+        step(f'growth/size/mri2pet/aae/{size[0]}', 'aae', 'mri2pet', words(image_size=size), **LARGE)
+    for size in ((80, 96, 80), (112, 128, 112)):
+        step(f'growth/size/mri2pet/unet/{size[0]}', 'unet', 'mri2pet', words(image_size=size), **LARGE)
+    for stage in ('aae', 'unet', 'post'):
+        step(f'growth/batch/ctp2dwi/{stage}/1', stage, 'ctp2dwi', words(batch_size=1), **LARGE)
+    for batch in (4, 64):
+        step(f'growth/batch/ctp2dwi_demo/unet/{batch}', 'unet', 'ctp2dwi_demo', words(batch_size=batch))
+    found['growth/subjects'] = ('timing.cohort_rows', dict(counts=(2, 8)))
+    for count in (1, 2):
+        step(f'growth/processes/{count}', 'unet', 'ctp2dwi_demo', (), f'{count} processes share the cores',
+             least=6, budget=0)
+    return found
+
+
+QUICK = {  # every row's code on tiny networks and images
+    2: words(image_size=(16, 16), batch_size=1, aae_channels=(8, 8, 8), disc_channels=(8, 8), aae_blocks=1,
+             unet_channels=(32, 32), unet_attention=(1,), cond_channels=8, cond_width=8, detail_channels=(8, 8)),
+    3: words(image_size=(16, 16, 16), batch_size=1, aae_channels=(8, 8, 8), disc_channels=(8, 8), aae_blocks=1,
+             unet_channels=(32, 32), unet_attention=(1,), cond_channels=8, cond_width=8, detail_channels=(8, 8))}
+
+
+def measure(name, peer, quick):
+    """Measure a row in this process -> list of dicts (one, or one a sampler, a convolution, a count)."""
+    import peers
+    import timing
+    function, how = rows(peer)[name]
+    module, function = function.split('.')
+    preset, note = how.get('preset'), how.pop('note', '')
+    if quick:
+        how.update(least=1, budget=0, warm=0)
+        if preset:
+            how['words'] = how.get('words', []) + QUICK[timing.settings(preset).spatial_dims]
+            how.pop('probe', None)
+        if name.endswith('/sample'):
+            how.update(items=1, ddim=(1, 2), ddpm=(1, 2))
+        if name == 'peak':
+            how.update(size_2d=(8, 8), size_3d=(8, 8, 8), batch=1)
+    if name == 'growth/subjects':
+        how = dict(counts=(1, 2), shape=(64, 64, 4)) if quick else how
+    if 'processes' in name:
+        timing.torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('WORLD_SIZE', 1))))
+    found = getattr(dict(timing=timing, peers=peers)[module], function)(**how)
+    size = 'x'.join(map(str, timing.settings(preset, how.get('words', ())).image_size)) if preset else ''
+    lines = []
+    for row in found if isinstance(found, list) else [found]:
+        row = dict(name=name, size=size) | row
+        if 'sampler' in row:
+            row['name'] = f'{name.removesuffix("/sample")}/{row["sampler"]}'
+        lines.append(row | dict(note='; '.join(filter(None, [note, row.get('note', '')]))))
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# The parent: one process a row, rows kept as they come
+
+def machine():
+    """Processor (and GPU), cores, PyTorch."""
+    import torch
+    name = platform.processor() or platform.machine()
+    if Path('/proc/cpuinfo').exists():
+        names = [x.split(':')[1].strip() for x in Path('/proc/cpuinfo').read_text().splitlines() if 'model name' in x]
+        name = names[0] if names else name
+    gpu = f', {torch.cuda.get_device_name()}' if torch.cuda.is_available() else ''
+    return f'{name}{gpu}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}'
+
+
+def busy():
+    """Seconds that all processes together, and that our finished children have kept the cores busy."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    try:
+        ticks = [int(x) for x in Path('/proc/stat').read_text().split('\n')[0].split()[1:9]]
+    except OSError:
+        return None
+    everyone = sum(ticks) - ticks[3] - ticks[4]  # all but idle and waiting for the disk
+    return everyone / os.sysconf('SC_CLK_TCK') - children.ru_utime - children.ru_stime
+
+
+def run_row(name, args):
+    """Measure a row in a process of its own -> (rows, or the sentence why there are none)."""
+    command = [sys.executable, os.path.abspath(__file__), '--row', name, '--peer', args.peer or '']
+    command += ['--limit_gb', str(args.limit_gb)] + ['--quick'] * args.quick
+    processes = int(name.split('/')[-1]) if 'processes' in name else 1
+    if processes > 1:
+        command[1:1] = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
+    before, began = busy(), time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    wall, after = time.perf_counter() - began, busy()
+    found = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith('ROW ')]
+    if done.returncode == 77:
+        return [dict(name=name, note=f'stopped: more than {args.limit_gb:.0f} GB')]
+    if done.returncode or not found:
+        return (done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]
+    others = round(max(0.0, after - before) / wall, 2) if before is not None else None
+    if processes > 1:
+        found[0]['seconds_subject'] = found[0]['seconds_subject'] / processes
+    return [row | dict(others_cores=others) for row in found]
+
+
+def read(path):
+    if not path.exists():
+        return []
+    with open(path, newline='', encoding='utf-8') as f:
+        return [r for r in csv.DictReader(f) if None not in r.values() and r.get('code')]  # whole lines only
+
+
+def text(value):
+    return f'{value:.4g}' if isinstance(value, float) else value
+
+
+def write(f, lines, header=False):
+    writer = csv.DictWriter(f, COLUMNS, extrasaction='ignore')
+    if header:
+        writer.writeheader()
+    writer.writerows({k: text(v) for k, v in line.items()} for line in lines)
+
+
+def matches(name, pattern):
+    return fnmatch.fnmatch(name, pattern) if set(pattern) & set('*?') else pattern in name
+
+
+def available_gb():
+    """Memory that is free for us, GB."""
+    try:
+        line = next(x for x in Path('/proc/meminfo').read_text().splitlines() if x.startswith('MemAvailable'))
+        return int(line.split()[1]) / 1e6
+    except (OSError, StopIteration):
+        return 0.0
+
+
+def describe(line):
+    """A row as one line for people."""
+    def shown(key, unit, factor=1.0):
+        return f'{float(line[key]) * factor:9.3g} {unit}' if line.get(key) not in (None, '') else ' ' * (10 + len(unit))
+    columns = (('seconds_step', 's', 1), ('memory_mb', 'GB', 1e-3), ('tflop', 'TFLOP', 1), ('gflops', 'GFLOP/s', 1),
+               ('share_of_peak', '% peak', 100), ('loading', '% loading', 100), ('seconds_subject', 's/subject', 1))
+    return f'{line["name"]:<40}' + ''.join(shown(*c) for c in columns) + f'  {line.get("note") or ""}'
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# What the rows say: ratios, and what a GPU can take
+
+def conclusions(table):
+    """(name, value, unit, note) computed from the rows (name -> row)."""
+    def of(name, key='seconds_step'):
+        value = table.get(name, {}).get(key)
+        return float(value) if value not in (None, '') else None
+
+    def ratio(name, above, below, key, note=''):
+        above, below = of(above, key), of(below, key)
+        if above and below:
+            found.append((name, above / below, '', note))
+
+    def held(name):
+        """Memory of a row beyond the imports, MB."""
+        return of(name, 'memory_mb') - of(name, 'memory_import_mb') if of(name, 'memory_import_mb') else None
+
+    found = []
+    for preset in ('ctp2dwi_demo', 'mri2pet_demo', 'ctp2dwi', 'mri2pet'):
+        for stage in ('aae', 'unet'):
+            ratio(f'time/plain {preset} {stage}', f'ours/{preset}/{stage}', f'plain/{preset}/{stage}', 'seconds_step')
+            ours, monai = f'pair/{preset}/{stage}/ours', f'pair/{preset}/{stage}/monai'
+            if of(monai, 'tflop') and of(ours, 'tflop'):
+                note = (f'FLOPs x {of(ours, "tflop") / of(monai, "tflop"):.2f}, parameters x '
+                        f'{of(ours, "parameters") / of(monai, "parameters"):.2f}, MONAI at '
+                        f'{100 * (of(monai, "share_of_peak") or 0):.0f} % of the peak')
+                ratio(f'time/monai {preset} {stage}', ours, monai, 'seconds_step', note)
+                found.append((f'memory/monai {preset} {stage}', held(ours) / held(monai), '', 'without the imports'))
+        for ours, theirs in (('one_step', 'ddim'), ('ddim', 'ddim'), ('ddpm', 'ddpm')):
+            ratio(f'subject {ours}/monai {theirs} {preset}', f'ours/{preset}/{ours}', f'monai/{preset}/{theirs}',
+                  'seconds_subject')
+        ratio(f'subject one_step/ddpm {preset}', f'ours/{preset}/one_step', f'ours/{preset}/ddpm', 'seconds_subject')
+    ratio('throughput 2 processes/1', 'growth/processes/1', 'growth/processes/2', 'seconds_subject')
+    for preset, stage, note in (('mri2pet', 'aae', '160x192x160'), ('mri2pet', 'unet', '160x192x160, checkpointing'),
+                                ('ctp2dwi', 'aae', '192x224'), ('ctp2dwi', 'unet', '192x224'),
+                                ('ctp2dwi', 'post', '192x224')):
+        found += capacity(table, preset, stage, note)
+    return found
+
+
+def voxels(row):
+    count = int(row['batch'])
+    for n in row['size'].split('x'):
+        count *= int(n)
+    return count
+
+
+def capacity(table, preset, stage, note):
+    """Computed: bytes a voxel from a line through the rows of growing size or batch; samples a step of two GPUs."""
+    names = [n for n in table if n == f'ours/{preset}/{stage}' or n.startswith('growth/') and f'{preset}/{stage}/' in n]
+    points = [(voxels(table[n]), float(table[n]['memory_mb']) * 1e6) for n in names if table[n].get('memory_mb')]
+    if len({x for x, _ in points}) < 2:
+        return []
+    slope = statistics.linear_regression(*zip(*points, strict=True)).slope
+    found = [(f'activations {preset} {stage}', slope, 'bytes/voxel', 'from peak memory against voxels x batch')]
+    one = 1
+    for n in note.split(',')[0].split('x'):
+        one *= int(n)
+    fixed = 20 * float(table[names[0]]['parameters']) + 1e9  # fp32 weights, gradient, two moments, average; the context
+    return found + [(f'{gb} GB GPU {preset} {stage}', max(0, gb * 1e9 - fixed) // (slope * one), 'samples a step',
+                     f'computed: {note}') for gb in (24, 80) if slope > 0]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--peer', default='', help='monai: the same rows for MONAI')
+    parser.add_argument('--only', default='', metavar='PATTERN', help='only rows whose name contains or matches this')
+    parser.add_argument('--quick', action='store_true', help='tiny sizes, to see that all works; no figure counts')
+    parser.add_argument('--restart', action='store_true', help='measure anew what is in the table already')
+    parser.add_argument('--limit_gb', type=float, default=0.0, metavar='GB',
+                        help='stop a row that holds more (default: 85 %% of what is available)')
+    parser.add_argument('--row', default='', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peer not in ('', 'monai'):
+        raise RunError(f"--peer is '{args.peer}', must be monai")
+    if args.row:
+        import timing
+        timing.watch_memory(args.limit_gb)
+        lines = measure(args.row, args.peer, args.quick)
+        if os.environ.get('RANK', '0') == '0':
+            print(*(f'ROW {json.dumps(line)}' for line in lines), sep='\n')
+        return
+
+    path = Path('result') / ('benchmark_quick.csv' if args.quick else 'benchmark.csv')
+    wanted = [name for name in rows(args.peer) if matches(name, args.only)]
+    if not wanted:
+        raise RunError(f"--only '{args.only}' names no row; there are {', '.join(rows(args.peer))}")
+    if args.peer:
+        import peers
+        peers.load_monai()
+    args.limit_gb = args.limit_gb or 0.85 * available_gb()
+    same = dict(machine=machine(), code=git_state())
+    print(f'{same["machine"]}; {same["code"]}\nload average {os.getloadavg()[0]:.2f} before the first row'
+          + (': the machine is not quiet' if os.getloadavg()[0] > 0.3 else ''))
+    # Rows of this machine and commit are kept; a line that a kill cut short goes.
+    kept = [r for r in read(path) if not args.restart and all(r[k] == v for k, v in same.items())]
+    write_atomic(path, lambda f: write(f, kept, header=True), 'w')
+    failed, began = [], time.perf_counter()
+    for name in wanted:
+        if name in {r['row'] for r in kept}:
+            continue
+        lines = run_row(name, args)
+        if isinstance(lines, str):
+            failed.append(f'{name}: {lines}')
+            print(failed[-1])
+            continue
+        kept += [dict(row=name, **line, **same) for line in lines]
+        peak = max([float(r['gflops']) for r in kept if r['row'] == 'peak'], default=None)
+        for line in kept[-len(lines):]:
+            line['share_of_peak'] = line['gflops'] / peak if peak and line.get('gflops') else None
+            print(describe(line), flush=True)
+        with open(path, 'a', newline='', encoding='utf-8') as f:
+            write(f, kept[-len(lines):])
+    lines = [f'{len(wanted) - len(failed)} of {len(wanted)} rows in {time.perf_counter() - began:.0f} s; {path}']
+    for name, value, unit, note in conclusions({r['name']: r for r in kept}):
+        lines.append(f'{name:<46} {value:10.3g} {unit}  {note}')
+    print('\n'.join(lines))
+    if failed:
+        raise RunError(f'{len(failed)} rows could not be measured: ' + '; '.join(failed))
+
+
+if __name__ == '__main__':
+    cli(main)

@@ -1,0 +1,198 @@
+"""benchmark.py: rows come from the scripts' own steps, the arithmetic of the table, and going on after a stop."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import benchmark
+import config
+import peers
+import timing
+import train_unet
+import utils
+from model import AAE, Discriminator, UNet, count_parameters
+
+
+def cost(net, *inputs, **more):
+    """FLOPs of a forward pass and parameters, without computing anything (meta tensors)."""
+    with FlopCounterMode(display=False) as counter:
+        net(*inputs, **more)
+    return counter.get_total_flops(), count_parameters(net)
+
+
+@pytest.mark.parametrize('preset', ['ctp2dwi_demo', 'mri2pet_demo', 'ctp2dwi', 'mri2pet', 'lapt', 'il_cldm'])
+def test_plain_modules_are_the_same_networks(preset):
+    # Ratios against plain modules mean nothing unless these do the same work.
+    cfg = config.load('', ['--preset', preset])
+    size = (32,) * cfg.spatial_dims
+    channels, frames = len(cfg.targets), cfg.frames or 1
+    with torch.device('meta'):
+        image, source = torch.empty(1, channels, *size), torch.empty(1, frames, *size)
+        z, t = torch.empty(1, cfg.latent_channels, *[n // 4 for n in size]), torch.zeros(1, dtype=torch.long)
+        aae = cfg.spatial_dims, channels, cfg.latent_channels, cfg.aae_channels, cfg.aae_blocks
+        disc = cfg.spatial_dims, channels, cfg.disc_channels
+        unet = (cfg.spatial_dims, cfg.latent_channels, frames, cfg.unet_channels, cfg.unet_blocks, cfg.unet_attention,
+                cfg.cond_channels, cfg.cond_width, cfg.num_classes)
+        pairs = [(cost(AAE(*aae), image), cost(peers.PlainAAE(*aae), image)),
+                 (cost(Discriminator(*disc), image), cost(peers.PlainDiscriminator(*disc), image)),
+                 (cost(UNet(*unet), z, t, source=source, label=t),
+                  cost(peers.PlainUNet(*unet), z, t, source=source, label=t))]
+    for ours, plain in pairs:
+        assert ours[0] == pytest.approx(plain[0], rel=0.1) and ours[1] == pytest.approx(plain[1], rel=0.1)
+
+
+@pytest.mark.parametrize('name', ['ours/ctp2dwi_demo/aae', 'ours/mri2pet_demo/unet', 'ours/ctp2dwi_demo/post',
+                                  'plain/ctp2dwi_demo/unet', 'plain/mri2pet_demo/aae'])
+def test_a_training_step_is_the_scripts_own(name):
+    before = train_unet.UNet, train_unet.Stage, timing.dataset.Cohort, timing.dataset.augment, sys.argv
+    row, = benchmark.measure(name, '', quick=True)
+    assert row['name'] == name and row['seconds_step'] > 0 and row['tflop'] > 0 and row['parameters'] > 0
+    assert 0 < row['loading'] < 1 and row['memory_mb'] >= row['memory_import_mb'] > 0
+    assert row['precision'] == ('fp32' if name.startswith('plain') else utils.Run().precision)
+    assert before == (train_unet.UNet, train_unet.Stage, timing.dataset.Cohort, timing.dataset.augment, sys.argv)
+
+
+def test_the_step_that_is_timed_trains(monkeypatch):
+    # The loop, the optimiser and the average are the script's: after the row its weights have moved.
+    seen = []
+    monkeypatch.setattr(utils.EMA, 'update', lambda ema, net, step: seen.append(
+        (step, sum(float((a - b).abs().sum()) for a, b in zip(ema.net.parameters(), net.parameters(), strict=True)))))
+    benchmark.measure('ours/ctp2dwi_demo/unet', '', quick=True)
+    steps, moved = zip(*seen, strict=True)
+    assert steps == tuple(range(len(steps))) and 0 < moved[0] < moved[-1]
+
+
+def test_samplers_one_row_each():
+    rows = benchmark.measure('ours/ctp2dwi_demo/sample', '', quick=True)
+    assert [r['name'].split('/')[-1] for r in rows] == ['one_step', 'ddim', 'ddpm']
+    assert rows[0]['tflop'] < rows[1]['tflop'] < rows[2]['tflop']
+    assert 'extrapolated from 1 and 2' in rows[2]['note'] and 'scaled to 25' in rows[0]['note']
+    eps = timing.sample_rows('lapt', benchmark.QUICK[2], items=1, ddim=(1, 2), ddpm=(1, 2), warm=0, least=1, budget=0)
+    assert [r['sampler'] for r in eps] == ['ddim', 'ddpm']
+
+
+def test_extrapolation_is_a_line():
+    def measure(n):
+        return dict(seconds_step=2.0 + 0.5 * n, tflop=1.0 + 0.25 * n)
+
+    row = timing.extrapolate('ddpm', 1000, measure, (5, 15))
+    assert row['seconds_subject'] == pytest.approx(502.0) and row['seconds_step'] == pytest.approx(0.5)
+    assert row['tflop'] == pytest.approx(251.0) and row['gflops'] == pytest.approx(251e3 / 502)
+    assert timing.extrapolate('ddim', 50, measure, (50,))['note'] == ''
+
+
+def test_the_clock_leaves_out_the_first_steps(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.time, 'perf_counter', lambda: now[0])
+    clock, x = timing.Clock(warm=1, least=2, budget=0), torch.ones(4, 4)
+    for seconds, last in ((100, False), (50, False), (3, False), (5, True)):
+        x @ x
+        now[0] += seconds
+        clock.loading = seconds / 4
+        assert clock.next() is last
+    row = clock.result()
+    assert row['seconds_step'] == 4 and row['steps'] == 2 and row['loading'] == pytest.approx(0.25)
+    assert row['tflop'] == 2 * 4 ** 3 / 1e12  # of one step, not of four
+
+
+def test_peaks_and_cohorts():
+    rows = benchmark.measure('peak', '', quick=True)
+    assert len({r['name'] for r in rows}) == 8 and all(r['gflops'] > 0 for r in rows)
+    assert rows[0]['tflop'] == pytest.approx(2 * 9 * 64 * 64 * 64 / 1e12)
+    few, many = benchmark.measure('growth/subjects', '', quick=True)
+    sizes = [float(r['note'].split()[-2]) for r in (few, many)]
+    assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.05) and sizes[0] > 0.1
+
+
+def test_every_row_has_known_settings():
+    for peer in ('', 'monai'):
+        for name, (function, how) in benchmark.rows(peer).items():
+            module, attribute = function.split('.')
+            assert hasattr(dict(timing=timing, peers=peers)[module], attribute)
+            if 'preset' in how:
+                timing.settings(how['preset'], [*how.get('words', []), *how.get('probe', [])])
+                assert how.get('stage') in (None, 'aae', 'unet', 'post') and name
+
+
+def test_what_a_gpu_can_take():
+    def row(name, size, batch, memory):
+        return dict(name=name, size=size, batch=str(batch), memory_mb=str(memory), parameters='1e6')
+
+    made = [row('ours/ctp2dwi/unet', '192x224', 4, 1000 + 4 * 43.008), row('growth/batch/ctp2dwi/unet/1', '192x224', 1,
+                                                                         1000 + 43.008)]
+    found = {name: value for name, value, *_ in benchmark.conclusions({r['name']: r for r in made})}
+    assert found['activations ctp2dwi unet'] == pytest.approx(1000)  # 43.008 MB for 192 x 224 voxels
+    assert found['24 GB GPU ctp2dwi unet'] == (24e9 - 20e6 - 1e9) // 43.008e6
+    assert found['80 GB GPU ctp2dwi unet'] > 3 * found['24 GB GPU ctp2dwi unet']
+
+
+def test_ratios():
+    table = {f'{who}/ctp2dwi_demo/aae': dict(name='', seconds_step=str(s)) for who, s in (('ours', 2), ('plain', 8))}
+    assert [v[:2] for v in benchmark.conclusions(table)] == [('time/plain ctp2dwi_demo aae', 0.25)]
+
+
+@pytest.fixture
+def run_benchmark(monkeypatch):
+    """main() in this process, rows made up; returns (call with arguments, names of the rows measured)."""
+    measured = []
+
+    def row(name, args):
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        measured.append(name)
+        value = dict(name=name, seconds_step=1.0, gflops=50.0, note='')
+        return [value | dict(name=f'peak/{k}', gflops=100.0 * k) for k in (1, 2)] if name == 'peak' else [value]
+
+    def call(*words):
+        monkeypatch.setattr(sys, 'argv', ['benchmark.py', *words])
+        monkeypatch.setattr(benchmark, 'run_row', row)
+        benchmark.main()
+
+    monkeypatch.setattr(benchmark, 'rows', lambda peer: dict.fromkeys(['peak', 'a', 'b', 'c', 'd']))
+    return call, measured
+
+
+def test_an_interrupted_run_goes_on(run_benchmark, capsys):
+    call, measured = run_benchmark
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    with open('result/benchmark.csv', 'a') as f:
+        f.write('b,b,1.0')  # a line cut short by a kill
+    kept = list(measured)
+    measured.clear()
+    call()
+    assert kept == ['peak', 'a', 'b'] and measured == ['c', 'd']
+    table = benchmark.read(benchmark.Path('result/benchmark.csv'))
+    assert [r['name'] for r in table] == ['peak/1', 'peak/2', 'a', 'b', 'c', 'd']
+    assert [r['share_of_peak'] for r in table] == ['0.5', '1', '0.25', '0.25', '0.25', '0.25']
+    measured.clear()
+    call('--restart', '--only', 'a')
+    assert measured == ['peak', 'a']  # both names hold an a
+    assert len(benchmark.read(benchmark.Path('result/benchmark.csv'))) == 3
+
+
+@pytest.mark.parametrize('words, sentence', [
+    (('--only', 'no_such_row'), 'names no row'), (('--peer', 'keras'), "--peer is 'keras', must be monai")])
+def test_bad_arguments_are_one_sentence(words, sentence, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['benchmark.py', *words])
+    with pytest.raises(utils.RunError, match=sentence):
+        benchmark.main()
+
+
+@pytest.mark.slow
+def test_the_script(repo):
+    """Rows in processes of their own, two of them under torchrun, and a row that needs too much memory."""
+    def call(*words):
+        return subprocess.run([sys.executable, repo / 'benchmark.py', '--quick', *words], capture_output=True,
+                              text=True)
+
+    done = call('--only', 'growth/processes')
+    assert done.returncode == 0, done.stderr
+    assert 'throughput 2 processes/1' in done.stdout and 'load average' in done.stdout
+    done = call('--only', 'ours/ctp2dwi_demo/aae', '--limit_gb', '0.1')
+    assert done.returncode == 0 and 'stopped: more than 0 GB' in done.stdout
+    row = call('--row', 'peak').stdout.splitlines()[0]
+    assert json.loads(row.removeprefix('ROW '))['gflops'] > 0
