@@ -30,7 +30,7 @@ COLUMNS = ('name', 'row', 'seconds_step', 'seconds_subject', 'memory_mb', 'memor
            'machine', 'code')
 
 # ------------------------------------------------------------------------------------------------------------------
-# The rows: name -> (function of timing.py or peers.py, its arguments). What is smaller than the preset says so.
+# The rows: name -> (function of timing.py, plain.py or peers.py, its arguments). What is smaller than the preset says so.
 
 CROP = ['--image_size', '(80, 96, 80)']
 LARGE = dict(least=2, budget=2.0)
@@ -56,14 +56,14 @@ def rows(peer):
     for preset in DEMOS:
         for stage in ('aae', 'unet'):
             step(f'ours/{preset}/{stage}', stage, preset)
-            step(f'plain/{preset}/{stage}', stage, preset, function='peers.plain_step', least=2, budget=1.0)
+            step(f'plain/{preset}/{stage}', stage, preset, function='plain.plain_step', least=2, budget=1.0)
             against_monai(stage, preset, probe=words(batch_size=4 if preset == DEMOS[0] else 1))
         step(f'ours/{preset}/post', 'post', preset)
         found[f'ours/{preset}/sample'] = ('timing.sample_rows', dict(preset=preset, least=2, budget=0.5))
         if peer == 'monai':
             found[f'monai/{preset}/sample'] = ('peers.monai_sampler_rows', dict(preset=preset, least=2, budget=0.5))
 
-    # Sizes of the two papers. 2D: fewer slices a step; 3D: the autoencoder on a crop.
+    # Sizes of the two papers. 2D: fewer slices a step; 3D: IL-CLDM's autoencoder on a crop.
     some = 'batch {}; the preset has more'
     step('ours/ctp2dwi/aae', 'aae', 'ctp2dwi', words(batch_size=2), some.format(2), **LARGE)
     step('ours/ctp2dwi/unet', 'unet', 'ctp2dwi', words(batch_size=4), some.format(4), **LARGE)
@@ -73,7 +73,7 @@ def rows(peer):
     step('ours/lapt/unet', 'unet', 'lapt', words(batch_size=2), some.format(2), **LARGE)
     step('ours/il_cldm/aae', 'aae', 'il_cldm', CROP, 'crop of 80x96x80', **LARGE)
     step('ours/il_cldm/unet', 'unet', 'il_cldm', words(checkpointing=False), 'without checkpointing', **LARGE)
-    step('ours/mri2pet/aae', 'aae', 'mri2pet', CROP, 'crop of 80x96x80', **LARGE)
+    step('ours/mri2pet/aae', 'aae', 'mri2pet', **LARGE)
     step('ours/mri2pet/unet', 'unet', 'mri2pet', (), 'FLOPs include the recomputation of checkpointing', **LARGE)
     step('ours/mri2pet/post', 'post', 'mri2pet', (), 'decodes a crop of 96x96x96; checkpointing', **LARGE)
     found['ours/mri2pet/sample'] = ('timing.sample_rows', dict(preset='mri2pet', ddim=(1, 3), ddpm=(1, 3),
@@ -106,7 +106,7 @@ def rows(peer):
 
 
 QUICK = {  # every row's code on tiny networks and images
-    2: words(image_size=(16, 16), batch_size=1, aae_channels=(8, 8, 8), disc_channels=(8, 8), aae_blocks=1,
+    2: words(image_size=(16, 16), batch_size=2, aae_channels=(8, 8, 8), disc_channels=(8, 8), aae_blocks=1,
              unet_channels=(32, 32), unet_attention=(1,), cond_channels=8, cond_width=8, detail_channels=(8, 8)),
     3: words(image_size=(16, 16, 16), batch_size=1, aae_channels=(8, 8, 8), disc_channels=(8, 8), aae_blocks=1,
              unet_channels=(32, 32), unet_attention=(1,), cond_channels=8, cond_width=8, detail_channels=(8, 8))}
@@ -115,6 +115,7 @@ QUICK = {  # every row's code on tiny networks and images
 def measure(name, peer, quick):
     """Measure a row in this process -> list of dicts (one, or one a sampler, a convolution, a count)."""
     import peers
+    import plain
     import timing
     function, how = rows(peer)[name]
     module, function = function.split('.')
@@ -132,7 +133,7 @@ def measure(name, peer, quick):
         how = dict(counts=(1, 2), shape=(64, 64, 4)) if quick else how
     if 'processes' in name:
         timing.torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('WORLD_SIZE', 1))))
-    found = getattr(dict(timing=timing, peers=peers)[module], function)(**how)
+    found = getattr(dict(timing=timing, plain=plain, peers=peers)[module], function)(**how)
     size = 'x'.join(map(str, timing.settings(preset, how.get('words', ())).image_size)) if preset else ''
     lines = []
     for row in found if isinstance(found, list) else [found]:

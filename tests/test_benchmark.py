@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import benchmark
 import config
 import peers
+import plain
 import timing
 import train_unet
 import utils
@@ -36,12 +37,12 @@ def test_plain_modules_are_the_same_networks(preset):
         disc = cfg.spatial_dims, channels, cfg.disc_channels
         unet = (cfg.spatial_dims, cfg.latent_channels, frames, cfg.unet_channels, cfg.unet_blocks, cfg.unet_attention,
                 cfg.cond_channels, cfg.cond_width, cfg.num_classes)
-        pairs = [(cost(AAE(*aae), image), cost(peers.PlainAAE(*aae), image)),
-                 (cost(Discriminator(*disc), image), cost(peers.PlainDiscriminator(*disc), image)),
+        pairs = [(cost(AAE(*aae), image), cost(plain.PlainAAE(*aae), image)),
+                 (cost(Discriminator(*disc), image), cost(plain.PlainDiscriminator(*disc), image)),
                  (cost(UNet(*unet), z, t, source=source, label=t),
-                  cost(peers.PlainUNet(*unet), z, t, source=source, label=t))]
-    for ours, plain in pairs:
-        assert ours[0] == pytest.approx(plain[0], rel=0.1) and ours[1] == pytest.approx(plain[1], rel=0.1)
+                  cost(plain.PlainUNet(*unet), z, t, source=source, label=t))]
+    for ours, stock in pairs:
+        assert ours[0] == pytest.approx(stock[0], rel=0.1) and ours[1] == pytest.approx(stock[1], rel=0.1)
 
 
 @pytest.mark.parametrize('name', ['ours/ctp2dwi_demo/aae', 'ours/mri2pet_demo/unet', 'ours/ctp2dwi_demo/post',
@@ -58,8 +59,12 @@ def test_a_training_step_is_the_scripts_own(name):
 def test_the_step_that_is_timed_trains(monkeypatch):
     # The loop, the optimiser and the average are the script's: after the row its weights have moved.
     seen = []
-    monkeypatch.setattr(utils.EMA, 'update', lambda ema, net, step: seen.append(
-        (step, sum(float((a - b).abs().sum()) for a, b in zip(ema.net.parameters(), net.parameters(), strict=True)))))
+
+    def update(ema, net, step):
+        pairs = zip(ema.net.parameters(), net.parameters(), strict=True)
+        seen.append((step, sum(float((a - b).detach().abs().sum()) for a, b in pairs)))
+
+    monkeypatch.setattr(utils.EMA, 'update', update)
     benchmark.measure('ours/ctp2dwi_demo/unet', '', quick=True)
     steps, moved = zip(*seen, strict=True)
     assert steps == tuple(range(len(steps))) and 0 < moved[0] < moved[-1]
@@ -111,7 +116,7 @@ def test_every_row_has_known_settings():
     for peer in ('', 'monai'):
         for name, (function, how) in benchmark.rows(peer).items():
             module, attribute = function.split('.')
-            assert hasattr(dict(timing=timing, peers=peers)[module], attribute)
+            assert hasattr(dict(timing=timing, plain=plain, peers=peers)[module], attribute)
             if 'preset' in how:
                 timing.settings(how['preset'], [*how.get('words', []), *how.get('probe', [])])
                 assert how.get('stage') in (None, 'aae', 'unet', 'post') and name

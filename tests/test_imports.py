@@ -17,7 +17,7 @@ LEAVES = {'config', 'dataset', 'model', 'diffusion', 'losses', 'metrics', 'utils
           'anatomy', 'stroke', 'amyloid', 'describe',            # the parts of phantom.py
           'experiment', 'charts', 'montage', 'report'}           # the parts of plot.py
 SCRIPTS = {'translate', 'phantom', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot', 'benchmark', 'study',
-           'timing', 'peers'}                                     # the parts of benchmark.py
+           'timing', 'plain', 'peers'}                                   # the parts of benchmark.py
 MORE = {                                                         # what else a file may import of ours
     'model': {'layers'},
     'stage': {'utils'},
@@ -29,9 +29,10 @@ MORE = {                                                         # what else a f
     'dataset': {'volume', 'grid', 'splits', 'check', 'subject'},
     'train_unet': {'infer'},                                     # validation runs the very code that inference runs
     'post_train': {'infer'},
-    'benchmark': {'timing', 'peers'},                            # it runs the scripts' own steps, with a clock in them
+    'benchmark': {'timing', 'plain', 'peers'},                   # it runs the scripts' own steps, with a clock in them
     'timing': {'train_aae', 'train_unet', 'post_train', 'translate'},
-    'peers': {'timing', 'train_aae', 'train_unet'},
+    'plain': {'timing', 'train_aae', 'train_unet'},
+    'peers': {'timing'},
 }
 TRAINING = {'train_aae', 'train_unet', 'post_train'}
 MAX_LINES = 380
