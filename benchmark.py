@@ -30,7 +30,7 @@ COLUMNS = ('name', 'row', 'seconds_step', 'seconds_subject', 'memory_mb', 'memor
            'machine', 'code')
 
 # ------------------------------------------------------------------------------------------------------------------
-# The rows: name -> (function of timing.py, plain.py or peers.py, its arguments). What is smaller than the preset says so.
+# The rows: name -> (function of timing, plain or peers, its arguments). What is smaller than the preset says so.
 
 CROP = ['--image_size', '(80, 96, 80)']
 LARGE = dict(least=2, budget=2.0)

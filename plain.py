@@ -1,5 +1,5 @@
 """
-model.py's networks as of the first release, of stock layers, in fp32 and contiguous: what benchmark.py measures ours by.
+model.py's networks as of the first release, of stock layers, fp32, contiguous: what benchmark.py measures ours by.
 
 Not to be made faster. Where model.py changes what is computed, these follow (a test compares FLOPs and parameters).
 """
