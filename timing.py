@@ -121,7 +121,7 @@ class Finished(Exception):
 class TimedStage:
     """Takes the place of stage.Stage: nothing is read or written, each recorded step is timed."""
 
-    step, base = 0, {}
+    step, first_batch, base = 0, 0, {}
 
     def __init__(self, how):
         self.how = how
