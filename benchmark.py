@@ -107,9 +107,9 @@ def rows(peer):
 
 QUICK = {  # every row's code on tiny networks and images
     2: words(image_size=(32, 32), batch_size=2, aae_channels=(8, 8, 8), disc_channels=(8, 8), aae_blocks=1,
-             unet_channels=(32, 32), unet_attention=(1,), cond_channels=8, cond_width=8, detail_channels=(8, 8)),
+             unet_channels=(32, 32), unet_attention=(1,), cond_channels=8, cond_width=8, detail_channels=(8, 8, 8)),
     3: words(image_size=(16, 16, 16), batch_size=1, aae_channels=(8, 8, 8), disc_channels=(8, 8), aae_blocks=1,
-             unet_channels=(32, 32), unet_attention=(1,), cond_channels=8, cond_width=8, detail_channels=(8, 8))}
+             unet_channels=(32, 32), unet_attention=(1,), cond_channels=8, cond_width=8, detail_channels=(8, 8, 8))}
 
 
 def measure(name, peer, quick):

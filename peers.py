@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import optim
 import timing
 import utils
 from diffusion import Diffusion
@@ -39,7 +40,7 @@ def our_unet(cfg, run, batch):
                 cfg.cond_channels, cfg.cond_width)
     unet.encode_source = nn.Identity()  # MONAI has none
     unet, (_, z_0, cond) = run.place(unet), made_batch(cfg, run.device, batch)
-    diffusion, opt, ema = Diffusion().to(run.device), utils.adam(unet.parameters()), utils.EMA(unet, cfg.ema)
+    diffusion, opt, ema = Diffusion().to(run.device), optim.make('adam', [(unet, 1)]), utils.EMA(unet, cfg.ema)
     utils.set_lr(opt, cfg.lr)
 
     def step():
@@ -156,7 +157,8 @@ def pair_step(stage, preset, who, words=(), probe=(), **how):
     cfg = timing.settings(preset, words)
     batch, note = cfg.batch_size, 'conditioning at hand' if stage == 'unet' else ''
     if who == 'ours' and stage == 'aae':
-        return timing.train_step('aae', preset, [*words, '--aae_blocks', str(AAE_MATCH[preset][0])], **how)
+        return timing.train_step('aae', preset, [*words, '--optimizer', 'adam', '--aae_blocks',
+                                                  str(AAE_MATCH[preset][0])], **how)
     if who == 'ours':
         run = utils.Run(cfg.device, cfg.precision)
         step, net = our_unet(cfg, run, batch)

@@ -190,7 +190,8 @@ def networks(run, cfg):
                        cfg.unet_attention, cfg.cond_channels, cfg.cond_width, cfg.num_classes, cfg.dropout,
                        cfg.checkpointing))
     diffusion = Diffusion(cfg.predict, cfg.schedule, cfg.timesteps, cfg.loss_weight, cfg.last_step_share)
-    detail = place(PixelUNet(cfg.spatial_dims, *channels, True, cfg.detail_channels)) if cfg.detail_branch else None
+    detail = place(PixelUNet(cfg.spatial_dims, *channels, True, cfg.detail_channels,
+                             cond_channels=cfg.cond_channels)) if cfg.detail_branch else None
     return Model(aae.eval().requires_grad_(False), unet, diffusion.to(run.device), detail, prep={})
 
 
