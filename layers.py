@@ -7,6 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def conv(dims, c_in, c_out, kernel=3, stride=1):
@@ -83,12 +84,26 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if c_in == c_out else conv(dims, c_in, c_out, kernel=1)
         self.modulate = zero_init(nn.Linear(emb, 2 * c_out)) if emb else None
 
+    recompute = False  # gradient checkpointing: keep only the input, compute the block again in the backward pass
+
     def forward(self, x, emb=None):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._block, x, emb, use_reentrant=False)
+        return self._block(x, emb)
+
+    def _block(self, x, emb):
         h = self.norm_2(self.conv_1(F.silu(self.norm_1(x))))
         if self.modulate is not None:
             scale, shift = self.modulate(emb).view(len(x), -1, *[1] * (x.ndim - 2)).chunk(2, dim=1)
             h = h * (1 + scale) + shift
         return self.skip(x) + self.conv_2(F.silu(h))
+
+
+def recompute_blocks(net, on):
+    """Switch gradient checkpointing of a network's residual blocks on or off."""
+    for module in net.modules():
+        if isinstance(module, ResBlock):
+            module.recompute = on
 
 
 class Attention(nn.Module):

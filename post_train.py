@@ -22,6 +22,7 @@ import metrics
 import optim
 import utils
 from infer import Model, Sampling, load_model, translate, validate
+from layers import recompute_blocks
 from model import PixelUNet, count_parameters, fingerprint
 from stage import Stage
 
@@ -118,6 +119,9 @@ def main():
         trained['decoder'] = model.aae.decoder.requires_grad_(True)
     if cfg.detail_branch:
         trained['detail'] = model.detail
+    model.unet.checkpointing = cfg.checkpointing
+    for net in (model.unet.encode_source, model.aae.decoder, *([model.detail] if cfg.detail_branch else [])):
+        recompute_blocks(net, cfg.checkpointing)
     ema = utils.EMA(trained, cfg.ema)
     model.unet.train()
     # The new branch starts from nothing and learns faster than what is already trained.

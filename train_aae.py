@@ -17,6 +17,7 @@ import losses
 import metrics
 import optim
 import utils
+from layers import recompute_blocks
 from model import AAE, Discriminator, count_parameters
 from stage import Stage
 
@@ -89,6 +90,7 @@ def main():
 
     utils.seed_everything(cfg.seed, 'aae weights')
     aae = run.place(AAE(cfg.spatial_dims, len(cfg.targets), cfg.latent_channels, cfg.aae_channels, cfg.aae_blocks))
+    recompute_blocks(aae, cfg.checkpointing)
     disc = run.place(Discriminator(cfg.spatial_dims, len(cfg.targets), cfg.disc_channels))
     aae.start_from_blocks(cohort.some()['target'].to(run.device))
     opt, ema = optim.make(cfg.optimizer, [(aae, 1)], run.precision), utils.EMA(aae, cfg.ema)

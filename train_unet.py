@@ -17,6 +17,7 @@ import optim
 import utils
 from diffusion import Diffusion
 from infer import Model, Sampling, fit_quality, load_aae, translate, validate
+from layers import recompute_blocks
 from model import PixelUNet, UNet, count_parameters, fingerprint
 from stage import Stage
 
@@ -39,6 +40,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
     unet = run.place(UNet(cfg.spatial_dims, aae['args']['latent_channels'], cohort.source_channels, cfg.unet_channels,
                           cfg.unet_blocks, cfg.unet_attention, cfg.cond_channels, cfg.cond_width, cfg.num_classes,
                           cfg.dropout, cfg.checkpointing))
+    recompute_blocks(unet.encode_source, cfg.checkpointing)
     diffusion = Diffusion(cfg.predict, cfg.schedule, cfg.timesteps, cfg.loss_weight, cfg.last_step_share).to(run.device)
     some = run.to_device(cohort.some())
     unet.encode_source.whiten.start_from(some['source'], some['mask'])
@@ -100,6 +102,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
     channels = cohort.source_channels, cohort.target_channels
     net = run.place(PixelUNet(cfg.spatial_dims, *channels, False, cfg.regression_channels))
     some = run.to_device(cohort.some())
+    recompute_blocks(net, cfg.checkpointing)
     net.whiten.start_from(some['source'], some['mask'])
     opt, ema = optim.make(cfg.optimizer, [(net, 1)], run.precision), utils.EMA(net, cfg.ema)
     stage.describe(f'regression U-Net {count_parameters(net):,} parameters, {len(cohort)} samples')

@@ -62,6 +62,7 @@ class Loop:
             self.run.backward(out.mean())
             utils.set_lr(self.opt, 0.1)
             norm = self.run.update(self.opt, 1.0)
+            self.run.scaler_step()
             self.ema.update(self.net, step)
             value = torch.tensor(loss(step))
             self.stage.record(step, 0.1, lambda: ['sub-1', 'sub-2', 'sub-3'], loss=value, grad_norm=norm)
