@@ -193,10 +193,11 @@ CHOICES = dict(
     lambda_t=('constant', 'linear'), sampler=('one_step', 'ddim', 'ddpm'), split=('train', 'validation', 'test'))
 MAY_BE_NONE = dict(init_from=str, mask=str, lesion=str, frames=int, frame_spacing=float,
                    frame_interval=float, crop=tuple, input=str, input_mask=str, out=str)
+ITEMS = dict(targets=(str,), scaling=(tuple, list), unit_scale=(int, float))
+AT_MOST_1 = ('ema', 'last_step_share', 'post_last_step_share', 'label_drop', 'dropout')
 POSITIVE = ('batch_size', 'accumulate', 'lr', 'aae_lr', 'post_lr', 'eval_every', 'save_every', 'num_steps',
-            'samples', 'timesteps',
-            'latent_channels', 'eval_batch', 'grad_clip', 'aae_blocks', 'unet_blocks', 'warmup', 'frame_spacing',
-            'frame_interval')
+            'samples', 'timesteps', 'latent_channels', 'cond_channels', 'cond_width', 'eval_batch', 'grad_clip',
+            'aae_blocks', 'unet_blocks', 'warmup', 'frame_spacing', 'frame_interval')
 
 _NO_SETTING = (types.ModuleType, type, types.FunctionType)
 DEFAULTS = {k: v for k, v in list(globals().items()) if k[0].islower() and not isinstance(v, _NO_SETTING)}
@@ -251,8 +252,10 @@ def check(name, value):
                            (f"; did you mean '{near[0]}'?" if near else ''))
     if name in POSITIVE and not value > 0:
         raise SettingError(f"setting '{name}' is {value!r}, must be above 0")
-    if kind in (int, float) and not value >= 0:
-        raise SettingError(f"setting '{name}' is {value!r}, must not be negative")
+    if kind in (int, float) and not 0 <= value <= (1 if name in AT_MOST_1 else float('inf')):
+        raise SettingError(f"setting '{name}' is {value!r}, must {'be at most 1' if value > 0 else 'not be negative'}")
+    if kind is dict and not all(type(v) in ITEMS[name] for v in value.values()):
+        raise SettingError(f"setting '{name}' must hold {' or '.join(k.__name__ for k in ITEMS[name])}s, as {default}")
     return value
 
 
@@ -326,6 +329,13 @@ def validate(cfg):
         n = 3 if name == 'spacing' else dims
         if len(getattr(cfg, name)) != n:
             raise SettingError(f'{name} = {getattr(cfg, name)} needs {n} values with spatial_dims = {dims}')
+    if any(mm is not None and not (type(mm) in (int, float) and mm > 0) for mm in cfg.spacing):
+        raise SettingError(f'spacing = {cfg.spacing} must be numbers of mm above 0, or None to keep an axis')
+    for name in (name for name in DEFAULTS if isinstance(DEFAULTS[name], tuple) and name.endswith('_channels')):
+        widths, least = getattr(cfg, name), {'aae_channels': 3, 'detail_channels': 3}.get(name, 1)
+        wrong, more = any(type(w) is not int or w < 1 for w in widths), '' if name == 'aae_channels' else ' or more'
+        if wrong or len(widths) < least or (not more and len(widths) > least):
+            raise SettingError(f'{name} = {widths} must be {least}{more} numbers above 0, as in {DEFAULTS[name]}')
     for name in ('image_size', 'crop'):
         if any(type(n) is not int or n < 8 or n % 4 for n in getattr(cfg, name) or ()):
             raise SettingError(f'{name} = {getattr(cfg, name)} must be whole multiples of 4, at least 8: '
@@ -336,7 +346,8 @@ def validate(cfg):
             raise SettingError(f"{table} has no entry for {', '.join(sorted(missing))}, "
                                f"only for {', '.join(getattr(cfg, table))}")
     for name, rule in cfg.scaling.items():
-        if len(rule) != 3 or rule[0] not in ('range', 'median', 'quantile') or not rule[1] < rule[2]:
+        if (len(rule) != 3 or rule[0] not in ('range', 'median', 'quantile')
+                or not all(type(x) in (int, float) for x in rule[1:]) or not rule[1] < rule[2]):
             raise SettingError(f"scaling of '{name}' is {rule!r}, must be ('range', lo, hi), ('median', lo, hi) "
                                "or ('quantile', a, b)")
     if not cfg.targets:
@@ -344,12 +355,14 @@ def validate(cfg):
     if cfg.predict == 'eps' and cfg.sampler == 'one_step':
         raise SettingError("sampler 'one_step' is refused with predict 'eps' (at T-1 its error is multiplied by 84): "
                            'use --sampler ddim')
+    if cfg.sampler != 'one_step' and cfg.num_steps > cfg.timesteps:
+        raise SettingError(f'num_steps {cfg.num_steps} must be at most timesteps {cfg.timesteps}')
     if cfg.batch_size % cfg.accumulate:
         raise SettingError(f'batch_size {cfg.batch_size} must be a multiple of accumulate {cfg.accumulate}')
     if cfg.label not in ('unknown', 'true') and not (cfg.label.isdigit() and int(cfg.label) < cfg.num_classes):
         raise SettingError(f"label '{cfg.label}' must be unknown, true or a class number below "
                            f'num_classes = {cfg.num_classes}')
-    if not re.fullmatch(r'[\w.-]+', cfg.exp):
+    if not re.fullmatch(r'[\w.-]+', cfg.exp) or not cfg.exp.strip('.'):
         raise SettingError(f"exp '{cfg.exp}' must be a plain folder name")
 
 

@@ -290,6 +290,8 @@ if __name__ == '__main__':
     try:
         shares = 'shares of train, validation and test, e.g. 0.7,0.1,0.2: write the lists'
         code = main(config.load(__doc__, extra={'make_splits': ('', shares)}))
+    except OSError as error:
+        sys.exit(f'Error: {error.filename}: {error.strerror}.')
     except Exception as error:
         if not getattr(error, 'one_sentence', False):
             raise

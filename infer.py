@@ -128,7 +128,10 @@ def keep_aside(folder, record):
     old = folder / 'inference.json'
     if not (folder / 'pred').exists():
         return None
-    same = old.exists() and json.loads(old.read_text()) == json.loads(json.dumps(record))
+    try:
+        same = json.loads(old.read_text()) == json.loads(json.dumps(record))
+    except (OSError, ValueError):  # not there, or damaged: who knows
+        same = False
     when = datetime.fromtimestamp((folder / 'pred').stat().st_mtime).strftime('%Y-%m-%d %H:%M')
     if same:
         return f'replacing the predictions of {when}, made with the same checkpoint and settings'
@@ -297,6 +300,8 @@ def infer_file(cfg, run, model, spec):
     """Translate one new subject that is in no list: source file in, images in physical units on its grid out."""
     if not cfg.out:
         raise config.SettingError('--input needs --out DIR, the folder for the images')
+    if cfg.label == 'true':
+        raise config.SettingError('--label true reads data_info.csv, which does not know a new file; give its class')
     files = dict(source=cfg.input, mask=cfg.input_mask)
     subject = dataset.load_subject(replace(spec, lesion=None), files=files, with_truth=False)
     print(*(f'Note: {note}' for note in subject.notes), sep='\n', end='\n' * bool(subject.notes))
@@ -312,6 +317,8 @@ def infer_file(cfg, run, model, spec):
 def main():
     which = 'which model: auto (post if there, else unet), post, unet or regression'
     cfg = config.load(__doc__, extra={'stage': ('auto', which)})
+    if cfg.stage not in ('auto', 'post', 'unet', 'regression'):
+        raise config.SettingError(f"--stage '{cfg.stage}': {which}")
     run = utils.Run(cfg.device, cfg.precision)
     folder = Path('result') / cfg.exp
     model = load_model(cfg, run, cfg.stage)

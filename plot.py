@@ -347,7 +347,10 @@ def main():
     for kind in FIGURES:  # a figure that is not drawn any more must not pass for a new one
         for old in fig.glob(kind):
             old.unlink()
-    figures = draw_figures(spec, run, fig, faults)
+    try:
+        figures = draw_figures(spec, run, fig, faults)
+    except OSError as err:  # matplotlib does not say which file could not be written
+        raise OSError(err.errno, err.strerror, err.filename or str(fig)) from None
     for path in [*(path for path, _ in figures), write_report(spec, run, figures, faults)]:
         print(path)
     for line in run.missing():

@@ -84,8 +84,15 @@ def _read_ids(path):
     """IDs of one list: one a line, empty lines and lines starting with # left out; None if there is no such file."""
     if not os.path.isfile(path):
         return None
-    with open(path, encoding='utf-8-sig') as file:
-        return [line.strip() for line in file if line.strip() and not line.startswith('#')]
+    return [line.strip() for line in _text(path).splitlines() if line.strip() and not line.startswith('#')]
+
+
+def _text(path):
+    try:
+        with open(path, encoding='utf-8-sig', newline='') as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise DataError(f'{path} is not plain text in UTF-8 (byte {error.start}); save it again as such.') from error
 
 
 def read_table(data_info):
@@ -93,8 +100,7 @@ def read_table(data_info):
     path = os.path.join(data_info, 'data_info.csv')
     if not os.path.isfile(path):
         return {}
-    with open(path, encoding='utf-8-sig', newline='') as file:
-        text = file.read()
+    text = _text(path)
     delimiter = max(',;\t', key=text.split('\n', 1)[0].count)  # spreadsheets of some countries write ;
     rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
     rows = [{k.strip(): (v or '').strip() for k, v in row.items() if k is not None} for row in rows]

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from utils import BEST, RunError, load_checkpoint, load_weights, old_folder, save_checkpoint, write_atomic
+from utils import BEST, RunError, load_checkpoint, load_weights, old_folder, reading, save_checkpoint, write_atomic
 
 try:
     import fcntl
@@ -35,8 +35,11 @@ class CsvLog:
     def __init__(self, path, fields, step):
         self.path, self.fields, rows = Path(path), fields, []
         if self.path.is_file():
-            with open(self.path, newline='', encoding='utf-8') as f:
-                whole = (r for r in csv.DictReader(f) if None not in r.values() and (r['step'] or 'x').isdigit())
+            with open(self.path, newline='', encoding='utf-8', errors='replace') as f:
+                reader = csv.DictReader(f)
+                if step > 0 and 'step' not in (reader.fieldnames or ()):
+                    raise RunError(f"{self.path} is damaged (it has no column 'step'); put it back or delete it")
+                whole = (r for r in reader if None not in r.values() and (r['step'] or 'x').isdigit())
                 rows = [r for r in whole if int(r['step']) < step]
         write_atomic(self.path, lambda f: self._write(f, rows, header=True), 'w')
 
@@ -154,11 +157,8 @@ class Stage:
         """
         self.parts, self.steps, self.terms, self.epoch, self.pending = parts, steps, terms, epoch, []
         if self.last.exists():
-            try:
+            with reading(self.last, 'choose another --exp, or begin anew with --restart'):
                 self._load(load_checkpoint(self.last, f'last_{self.name}'))
-            except (KeyError, TypeError, ValueError, AttributeError, IndexError) as err:
-                raise RunError(f'{self.last} does not hold what this version of the software saves ({err!r}); '
-                               'choose another --exp, or begin anew with --restart') from None
         if len(set(self.run.gather([self.step]))) > 1:
             raise RunError(f'the processes do not see the same {self.last}; put result/ on a disk that all machines '
                            'share')

@@ -67,11 +67,13 @@ def checkpoint_path(cfg, stage):
 
 def load_aae(cfg, run):
     """The autoencoder of stage 1 -> (Model with only the aae, its checkpoint)."""
-    data = utils.load_checkpoint(checkpoint_path(cfg, 'aae'), 'aae')
-    aae = AAE(**data['args'])
-    utils.load_weights(aae, data['net'], checkpoint_path(cfg, 'aae'))
-    model = Model(run.place(aae).eval().requires_grad_(False), prep=data['prep'], mean_image=data['mean_image'])
-    model.origin = f"{utils.BEST['aae']} at step {data['step']}"
+    path = checkpoint_path(cfg, 'aae')
+    data = utils.load_checkpoint(path, 'aae')
+    with utils.reading(path, 'run train_aae.py again'):
+        aae = AAE(**data['args'])
+        utils.load_weights(aae, data['net'], path)
+        model = Model(run.place(aae).eval().requires_grad_(False), prep=data['prep'], mean_image=data['mean_image'])
+        model.origin = f"{utils.BEST['aae']} at step {data['step']}"
     return model, data
 
 
@@ -87,6 +89,12 @@ def load_model(cfg, run, stage='auto'):
         return model
     path = checkpoint_path(cfg, stage)
     data = utils.load_checkpoint(path, stage)
+    with utils.reading(path, 'run the stage that writes it again'):
+        return _add_networks(cfg, run, model, stage, path, data)
+
+
+def _add_networks(cfg, run, model, stage, path, data):
+    """The networks of a stage's checkpoint, beside the autoencoder they belong to."""
     if data.get('aae') not in (None, fingerprint(model.aae)):
         raise utils.RunError(f"{path} was trained on another autoencoder (fingerprint {data['aae']}) than "
                              f"{checkpoint_path(cfg, 'aae')} holds ({fingerprint(model.aae)}); "

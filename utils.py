@@ -5,8 +5,10 @@ Randomness is keyed by (seed, rank, step) and schedules are functions of the ste
 weights and optimisers.
 """
 
+import contextlib
 import copy
 import errno
+import gc
 import hashlib
 import math
 import os
@@ -22,6 +24,10 @@ BEST = dict(aae='CHECKPOINT_AAE', unet='CHECKPOINT_Unet', post='CHECKPOINT_Unet_
             regression='CHECKPOINT_regression')
 
 
+OUT_OF_MEMORY = ('out of memory: lower batch_size or eval_batch, set accumulate or checkpointing, or choose a smaller '
+                 'image_size')
+
+
 class RunError(RuntimeError):
     """Something the user can mend; the message is one sentence."""
     one_sentence = True
@@ -29,24 +35,37 @@ class RunError(RuntimeError):
 
 def cli(main):
     """Run a script's main(): what the user can mend ends in one sentence on standard error and exit code 1."""
+    said = None
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit('interrupted; run the same command again to go on')
-    except torch.OutOfMemoryError:
-        sys.exit('out of memory: lower batch_size or eval_batch, set accumulate or checkpointing, '
-                 'or choose a smaller image_size')
-    except OSError as err:
-        full = err.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        sys.exit(f"{err.filename or 'a file'}: {err.strerror or err}"
-                 + ('; free some space and run the same command again' if full else ''))
-    except Exception as err:
-        if not getattr(err, 'one_sentence', False) and not _lost_peer(err):
+    except (Exception, KeyboardInterrupt) as err:
+        said = _sentence(err)
+        if said is None:
             raise
-        sys.exit(str(err) if not _lost_peer(err) else 'another process of this run has stopped; its sentence says why')
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if said is not None:
+        gc.collect()  # the failed run's progress bar ends before the sentence, not after it
+        sys.exit(said)
+
+
+def _sentence(err):
+    """What to tell of an error in one sentence; None if it is a fault of the software, whose traceback is needed."""
+    if isinstance(err, KeyboardInterrupt):
+        return 'interrupted; run the same command again to go on'
+    if isinstance(err, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(err):
+        return OUT_OF_MEMORY
+    if isinstance(err, OSError):
+        full = err.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+        return (f"{err.filename or 'a file'}: {err.strerror or err}"
+                + ('; free some space and run the same command again' if full else ''))
+    if getattr(err, 'one_sentence', False):
+        return str(err)
+    words = ('Connection closed by peer', 'Connection reset', 'Broken pipe', 'Timed out waiting', 'NCCL', 'Socket')
+    if dist.is_initialized() and isinstance(err, RuntimeError) and any(word in str(err) for word in words):
+        return 'another process of this run has stopped; its sentence says why'
+    return None
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -67,12 +86,6 @@ def fast_bf16():
     except OSError:
         return False
     return 'avx512_bf16' in flags or 'amx_bf16' in flags
-
-
-def _lost_peer(err):
-    """Whether an error only says that another process of the run is gone."""
-    words = ('Connection closed by peer', 'Connection reset', 'Broken pipe', 'Timed out waiting', 'NCCL', 'Socket')
-    return dist.is_initialized() and isinstance(err, RuntimeError) and any(word in str(err) for word in words)
 
 
 class Run:
@@ -252,6 +265,8 @@ def load_checkpoint(path, kind):
     """The dict in a checkpoint of this kind. RunError if missing, damaged, foreign or unsafe; executes nothing."""
     path, maker = Path(path), {'aae': 'train_aae.py', 'unet': 'train_unet.py', 'post': 'post_train.py',
                                'regression': 'train_unet.py --regression True'}
+    if path.is_dir():
+        raise RunError(f'{path} is a folder, not a checkpoint; move it away')
     if not path.is_file():
         raise RunError(f'{path} does not exist; run python {maker.get(kind, "the stage before")} first '
                        '(or set exp or init_from)')
@@ -276,6 +291,18 @@ def load_weights(net, state, path):
         net.load_state_dict(state)
     except RuntimeError as err:
         raise RunError(f'{path} holds a network of another shape: {str(err).splitlines()[1].strip()[:160]}') from None
+
+
+@contextlib.contextmanager
+def reading(path, remedy):
+    """What another version of the software left out of a checkpoint, or added to it, becomes one sentence."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as err:
+        if getattr(err, 'one_sentence', False):
+            raise
+        raise RunError(f'{path} does not hold what this version of the software saves '
+                       f'({type(err).__name__}: {" ".join(str(err).split())}); {remedy}') from None
 
 
 def old_folder(folder):
