@@ -96,7 +96,7 @@ lambda_t = 'constant'            # constant (1) or linear ((T-t)/T): weight of t
 w_diffusion = 0.1                # weight of the diffusion loss in stage 3
 w_image = 0.5                    # weight of the error in the brain mask
 w_lesion = 0.5                   # weight of the error in the lesion
-lesion_floor = 0.1               # post_loss l1: a lesion below this share of the mask counts by its size, not fully
+lesion_floor = 0.07              # post_loss l1: a lesion below this share of the mask counts by its size, not fully
 post_last_step_share = 0.9       # last_step_share of stage 3
 detail_lr_scale = 2.0            # the detail branch starts from nothing: its learning rate is post_lr times this
 tune_decoder = True              # stage 3 also trains the decoder
@@ -130,8 +130,7 @@ PRESETS = {
         aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
         regression_channels=(24, 48, 96), regression_steps=900,
-        aae_steps=150, unet_steps=400,
-        post_steps=250, eval_every=125, save_every=125, disc_start=40, disc_ramp=40),
+        aae_steps=100, unet_steps=250, post_steps=350, eval_every=125, save_every=125, disc_start=30, disc_ramp=30),
     # Full size, our recipe: LAPT's geometry and scale.
     'ctp2dwi': dict(
         exp='exp_ctp2dwi', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),

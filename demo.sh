@@ -49,7 +49,7 @@ logs=result/demo_$exp
 mkdir -p "$logs"
 
 # phantom.py makes what is missing, and refuses a folder that holds anything else.
-subjects=160
+subjects=200
 if [ "$task" = mri2pet ]; then subjects=192; fi    # one volume a subject, where stroke has some 25 slices
 stage phantom phantom.py --task "$task" --out "$data" --subjects "${SUBJECTS:-$subjects}" --seed 1
 stage train_aae train_aae.py --preset "$preset" "$@"
