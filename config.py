@@ -57,7 +57,7 @@ cond_channels = 96               # channels of the encoded source
 cond_width = 32                  # first width of the source encoder
 dropout = 0.0                    # in the middle of the U-Net
 detail_branch = True             # stage 3: add R(source, D(z_0_hat)), a U-Net on the image grid
-detail_channels = (32, 64, 96)   # its widths, one a level, three or more
+detail_channels = (32, 64, 96)   # its widths, one a level
 checkpointing = False            # recompute activations in the backward pass: less memory, about a third more time
 
 # Diffusion

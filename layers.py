@@ -124,7 +124,7 @@ class Attention(nn.Module):
 
 def upsample(x, size):
     """Nearest-neighbour upsampling to an explicit size, so that odd sizes meet their skip connection."""
-    return F.interpolate(x, size=size, mode='nearest')
+    return x if x.shape[2:] == size else F.interpolate(x, size=size, mode='nearest')
 
 
 class SourceWhitening(nn.Module):

@@ -269,19 +269,16 @@ class PixelUNet(nn.Module):
                 self.shrink.append(conv(dims, w, widths[i + 1], stride=2))
                 self.grow.append(conv(dims, widths[i + 1], w, kernel=1))
                 self.up.append(nn.Sequential(conv(dims, 2 * w, w), *[ResBlock(dims, w, w) for _ in range(blocks)]))
-        if cond_channels:
-            if len(widths) < 3:
-                raise ValueError(f'widths {tuple(widths)}: the source features join at a quarter of the image size, so '
-                                 'give three widths or more')
-            self.join = conv(dims, cond_channels, widths[2], kernel=1)
+        self.join_at = min(2, len(widths) - 1)  # the level at a quarter of the size, or the coarsest
+        self.join = conv(dims, cond_channels, widths[self.join_at], kernel=1) if cond_channels else None
         self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), zero_init(conv(dims, widths[0], image_channels)))
 
     def forward(self, source, image=None, cond=None):
         x = self.whiten(source)
         x, skips = self.conv_in(x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)), []
         for i, block in enumerate(self.down):
-            if i == 2 and cond is not None:
-                x = x + self.join(cond)
+            if i == self.join_at and self.join is not None:
+                x = x + upsample(self.join(cond), x.shape[2:])
             x = block(x)
             if i < len(self.shrink):
                 skips.append(x)

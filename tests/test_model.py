@@ -203,6 +203,16 @@ def test_pixel_unet_starts_at_zero_and_then_uses_all_it_is_given(dims, with_imag
         assert float((net(source, -images[0]) - out).abs().max()) > 1e-4
 
 
+@pytest.mark.parametrize('dims', [2, 3])
+@pytest.mark.parametrize('widths', [(8,), (8, 16), (8, 16, 24), (8, 16, 24, 32)])
+def test_pixel_unet_uses_the_source_features_whatever_its_levels(dims, widths):
+    net = awake(PixelUNet(dims, 5, 2, True, widths, cond_channels=6))
+    source, image = torch.randn(2, 5, *SIZES[dims]), torch.randn(2, 2, *SIZES[dims])
+    cond = torch.randn(2, 6, *[n // 4 for n in SIZES[dims]])
+    out = net(source, image, cond)
+    assert out.shape == image.shape and float((net(source, image, -cond) - out).abs().max()) > 1e-4
+
+
 @pytest.mark.parametrize('dims, channels', [(2, 6), (3, 1)])
 def test_source_whitening_brings_the_channels_in_the_mask_to_unit_size(dims, channels):
     torch.manual_seed(0)
@@ -233,7 +243,7 @@ def build(cfg):
         disc=Discriminator(dims, targets, cfg.disc_channels),
         unet=UNet(dims, cfg.latent_channels, frames, cfg.unet_channels, cfg.unet_blocks, cfg.unet_attention,
                   cfg.cond_channels, cfg.cond_width, cfg.num_classes, cfg.dropout, cfg.checkpointing),
-        detail=PixelUNet(dims, frames, targets, True, cfg.detail_channels),
+        detail=PixelUNet(dims, frames, targets, True, cfg.detail_channels, cond_channels=cfg.cond_channels),
         regression=PixelUNet(dims, frames, targets, False, cfg.regression_channels))
 
 
