@@ -259,7 +259,8 @@ def test_networks_of_every_preset(preset):
         out = nets['unet'](z, torch.zeros(1, dtype=torch.long), source=source)
         pred = nets['aae'].decode(out)
         assert z.shape == out.shape == (1, cfg.latent_channels, *[n // 4 for n in cfg.image_size])
-        assert pred.shape == nets['detail'](source, pred).shape == nets['regression'](source).shape == image.shape
+        cond = nets['unet'].encode_source(source)
+        assert pred.shape == nets['detail'](source, pred, cond).shape == nets['regression'](source).shape == image.shape
         assert nets['disc'](pred).shape[1] == 1
     counts = {name: count_parameters(net) for name, net in nets.items()}
     print(preset, *[f'{name} {n:,}' for name, n in counts.items()])
@@ -281,9 +282,10 @@ def test_full_size_2d_networks_take_a_training_step():
     before = nets['unet'].out[-1].weight.detach().clone()
     params = [p for name in ('aae', 'unet', 'detail') for p in nets[name].parameters()]
     z = nets['aae'].encode(image)
-    out = nets['unet'](z, torch.tensor([500]), source=source)
+    cond = nets['unet'].encode_source(source)
+    out = nets['unet'](z, torch.tensor([500]), cond=cond)
     pred = nets['aae'].decode(out + z)
-    loss = (pred + nets['detail'](source, pred) - image).square().mean() - nets['disc'](pred).mean()
+    loss = (pred + nets['detail'](source, pred, cond) - image).square().mean() - nets['disc'](pred).mean()
     loss.backward()
     torch.optim.SGD(params, lr=0.1).step()
     assert float((nets['unet'].out[-1].weight - before).abs().max()) > 0
