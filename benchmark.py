@@ -33,7 +33,7 @@ COLUMNS = ('name', 'row', 'seconds_step', 'seconds_subject', 'memory_mb', 'memor
 # The rows: name -> (function of timing, plain or peers, its arguments). What is smaller than the preset says so.
 
 CROP = ['--image_size', '(80, 96, 80)']
-LARGE = dict(least=2, budget=2.0)
+LARGE = dict(warm=0, least=2, budget=2.0)  # the step that counts FLOPs warms up
 DEMOS = ('ctp2dwi_demo', 'mri2pet_demo')
 
 
@@ -69,7 +69,7 @@ def rows(peer):
     step('ours/ctp2dwi/unet', 'unet', 'ctp2dwi', words(batch_size=4), some.format(4), **LARGE)
     step('ours/ctp2dwi/post', 'post', 'ctp2dwi', words(batch_size=2), some.format(2), **LARGE)
     found['ours/ctp2dwi/sample'] = ('timing.sample_rows', dict(preset='ctp2dwi', items=4, ddim=(2, 4), ddpm=(2, 4),
-                                                               least=1, budget=0))
+                                                               warm=0, least=1, budget=0))
     step('ours/lapt/unet', 'unet', 'lapt', words(batch_size=2), some.format(2), **LARGE)
     step('ours/il_cldm/aae', 'aae', 'il_cldm', CROP, 'crop of 80x96x80', **LARGE)
     step('ours/il_cldm/unet', 'unet', 'il_cldm', words(checkpointing=False), 'without checkpointing', **LARGE)
@@ -77,13 +77,13 @@ def rows(peer):
     step('ours/mri2pet/unet', 'unet', 'mri2pet', (), 'FLOPs include the recomputation of checkpointing', **LARGE)
     step('ours/mri2pet/post', 'post', 'mri2pet', (), 'decodes a crop of 96x96x96; checkpointing', **LARGE)
     found['ours/mri2pet/sample'] = ('timing.sample_rows', dict(preset='mri2pet', ddim=(1, 3), ddpm=(1, 3),
-                                                               least=1, budget=0))
+                                                               warm=0, least=1, budget=0))
     against_monai('aae', 'ctp2dwi', words(batch_size=2), words(batch_size=1), **LARGE)
     against_monai('unet', 'ctp2dwi', words(batch_size=4), words(batch_size=1), **LARGE)
     against_monai('aae', 'mri2pet', CROP, words(image_size=(32, 48, 32)), **LARGE)
     against_monai('unet', 'mri2pet', words(checkpointing=False), CROP, **LARGE)
     if peer == 'monai':
-        small = dict(least=1, budget=0)
+        small = dict(warm=0, least=1, budget=0)
         found['monai/ctp2dwi/sample'] = ('peers.monai_sampler_rows',
                                          dict(preset='ctp2dwi', items=4, probe=words(image_size=(96, 112)), **small))
         found['monai/mri2pet/sample'] = ('peers.monai_sampler_rows',
