@@ -254,7 +254,7 @@ def check(name, value):
     if kind in (int, float) and not 0 <= value <= (1 if name in AT_MOST_1 else float('inf')):
         raise SettingError(f"setting '{name}' is {value!r}, must {'be at most 1' if value > 0 else 'not be negative'}")
     if kind is dict and not all(type(v) in ITEMS[name] for v in value.values()):
-        raise SettingError(f"setting '{name}' must hold {' or '.join(k.__name__ for k in ITEMS[name])}s, as {default}")
+        raise SettingError(f"setting '{name}' must hold {' or '.join(k.__name__ for k in ITEMS[name])}s: {default}")
     return value
 
 
@@ -331,7 +331,7 @@ def validate(cfg):
     if any(mm is not None and not (type(mm) in (int, float) and mm > 0) for mm in cfg.spacing):
         raise SettingError(f'spacing = {cfg.spacing} must be numbers of mm above 0, or None to keep an axis')
     for name in (name for name in DEFAULTS if isinstance(DEFAULTS[name], tuple) and name.endswith('_channels')):
-        widths, least = getattr(cfg, name), {'aae_channels': 3, 'detail_channels': 3}.get(name, 1)
+        widths, least = getattr(cfg, name), 3 if name == 'aae_channels' else 1
         wrong, more = any(type(w) is not int or w < 1 for w in widths), '' if name == 'aae_channels' else ' or more'
         if wrong or len(widths) < least or (not more and len(widths) > least):
             raise SettingError(f'{name} = {widths} must be {least}{more} numbers above 0, as in {DEFAULTS[name]}')

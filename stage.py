@@ -109,8 +109,9 @@ class Stage:
         self.last = self.folder / f'last_{name}.pth.tar'
         if run.main:
             self.lock = lock(self.folder)
-            for half in self.folder.glob('*.pth.tar.*.tmp'):  # what a killed run left half-written
-                half.unlink()
+            for name in ('*.pth.tar', 'loss_curve_*', 'validation_*', 'config.json', 'git.txt'):
+                for half in self.folder.glob(f'{name}.*.tmp'):  # what a killed run left half-written
+                    half.unlink()
             if cfg.restart:
                 self._set_aside()
         run.barrier()
@@ -237,7 +238,10 @@ class Stage:
 
     def must_evaluate(self, step):
         """Whether a validation is due: every eval_every steps, before the first step and after the last one."""
-        return (step == self.steps or step % self.cfg.eval_every == 0) and self.state['evaluated'] < step
+        due = (step == self.steps or step % self.cfg.eval_every == 0) and self.state['evaluated'] < step
+        if due:
+            self.flush()  # a loss that is not finite is told by its step, not by a validation that fails
+        return due
 
     def validated(self, step, row, score):
         """Append a validation row; row 0 is the network before this stage. Returns True if it is the best so far."""

@@ -24,6 +24,11 @@ BEST = dict(aae='CHECKPOINT_AAE', unet='CHECKPOINT_Unet', post='CHECKPOINT_Unet_
             regression='CHECKPOINT_regression')
 
 
+REMEDY = {number: f'; {text}' for text, numbers in {
+    'free some space and run the same command again': (errno.ENOSPC, errno.EFBIG, errno.EDQUOT),
+    'move away the file that is in the place of a folder': (errno.EEXIST, errno.ENOTDIR),
+    'move away the folder that is in the place of this file': (errno.EISDIR,),
+    'mend its rights or choose another place': (errno.EACCES, errno.EPERM, errno.EROFS)}.items() for number in numbers}
 OUT_OF_MEMORY = ('out of memory: lower batch_size or eval_batch, set accumulate or checkpointing, or choose a smaller '
                  'image_size')
 
@@ -57,9 +62,7 @@ def _sentence(err):
     if isinstance(err, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(err):
         return OUT_OF_MEMORY
     if isinstance(err, OSError):
-        full = err.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-        return (f"{err.filename or 'a file'}: {err.strerror or err}"
-                + ('; free some space and run the same command again' if full else ''))
+        return f"{err.filename or 'a file'}: {err.strerror or err}" + REMEDY.get(err.errno, '')
     if getattr(err, 'one_sentence', False):
         return str(err)
     words = ('Connection closed by peer', 'Connection reset', 'Broken pipe', 'Timed out waiting', 'NCCL', 'Socket')
