@@ -11,7 +11,8 @@ STAGES = ('train_aae', 'train_unet', 'post_train', 'regression')
 FILES = dict(train_aae='aae', train_unet='unet', post_train='post', regression='regression')
 BEST = dict(aae='CHECKPOINT_AAE', unet='CHECKPOINT_Unet', post='CHECKPOINT_Unet_post',
             regression='CHECKPOINT_regression')
-WORDS = (*made_runs.STROKE, *made_runs.steps(12), '--save_every', '5', '--init_from', 'base')
+WORDS = (*made_runs.STROKE, '--aae_channels', '(8, 16, 16)', '--unet_channels', '(16, 16)',  # wide enough for Muon
+         *made_runs.steps(12), '--save_every', '5', '--init_from', 'base')
 
 # Python that runs before a script and kills it at a nasty moment.
 KILL = 'import os, signal, utils\nkill = lambda: os.kill(os.getpid(), signal.SIGKILL)\n'
@@ -77,9 +78,9 @@ def compare(stage, exp):
 def test_killed_and_run_again_ends_as_if_it_had_not_been(stage, base, monkeypatch):
     monkeypatch.chdir(base)
     exp = f'killed_{stage}'
-    killed = made_runs.process(*script_of(stage, exp), before=MOMENTS[stage])
+    killed = made_runs.forked(*script_of(stage, exp), before=MOMENTS[stage])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    again = made_runs.process(*script_of(stage, exp))
+    again = made_runs.forked(*script_of(stage, exp))
     assert again.returncode == 0, again.stderr
     assert f'resuming stage {FILES[stage]} at step ' in again.stdout + again.stderr
     compare(stage, exp)
@@ -109,7 +110,7 @@ def test_a_changed_batch_size_is_refused_with_both_values(stage, base, monkeypat
 
 def test_the_settings_of_earlier_stages_are_never_compared(base, monkeypatch):
     monkeypatch.chdir(base)
-    made_runs.call(*script_of('post_train', 'other', '--aae_lr', '0.5', '--lr', '0.5', '--unet_channels', '(16, 16)'))
+    made_runs.call(*script_of('post_train', 'other', '--aae_lr', '0.5', '--lr', '0.5', '--unet_channels', '(8, 16)'))
     parts = [made_runs.loaded(f'result/{exp}/last_post.pth.tar')['parts'] for exp in ('other', 'straight_post_train')]
     assert made_runs.differences(parts[0]['trained'], parts[1]['trained']) == []
 
@@ -126,31 +127,55 @@ def test_a_unet_of_another_autoencoder_is_refused(base, monkeypatch):
         del caught
 
 
-# Counted from where a stage's loop begins: the start of a process, most of such a short run, would be waste.
-AFTER_SECONDS = KILL + '''
-import stage, threading
-resume = stage.Stage.resume
-def watched(self, *args, **parts):
-    threading.Timer({seconds}, kill).start()
-    return resume(self, *args, **parts)
-stage.Stage.resume = watched'''
+# The nasty moments of a run; the script kills itself at the n-th of one kind.
+MOMENTS_OF = KILL + """
+import io, os, stage, torch
+kind, left = {kind!r}, [{n}]
+def moment(name):
+    left[0] -= name == kind
+    if not left[0]: kill()
+save, replace, append, update, average = torch.save, os.replace, stage.append, utils.Run.update, utils.EMA.update
+def in_two(text, f, name):
+    f.write(text[:len(text) // 2]), f.flush()
+    moment(name)
+    f.write(text[len(text) // 2:])
+def torch_save(data, f):
+    save(data, whole := io.BytesIO())
+    in_two(whole.getvalue(), f, 'inside a checkpoint')
+def os_replace(a, b):
+    moment('before a file is moved')
+    replace(a, b)
+    moment('after a file is moved')
+def stage_append(path, write):
+    write(text := io.StringIO(newline=''))
+    append(path, lambda f: in_two(text.getvalue(), f, 'inside a row'))
+    if path.suffix == '.csv': moment('between a row and its checkpoint')
+def ema_update(self, net, step):
+    moment('between optimiser and average')
+    average(self, net, step)
+torch.save, os.replace, stage.append, utils.EMA.update = torch_save, os_replace, stage_append, ema_update
+"""
+KINDS = ('inside a checkpoint', 'before a file is moved', 'after a file is moved', 'inside a row',
+         'between a row and its checkpoint', 'between optimiser and average')
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('stage', STAGES)
-def test_ten_kills_at_random_moments(stage, base, monkeypatch):
+def test_kills_at_ten_random_moments(stage, base, monkeypatch):
+    """In every kind of nasty moment, with loading processes and without: in the end as if nothing had happened."""
     monkeypatch.chdir(base)
-    exp, rng, kills = f'random_{stage}', random.Random(stage), 0
-    whole = made_runs.loaded(f'result/straight_{stage}/last_{FILES[stage]}.pth.tar')['state']['seconds']
-    for attempt in range(100):
-        seconds = whole * rng.uniform(0, 1.2)
-        before = AFTER_SECONDS.format(seconds=seconds) if kills < 10 else ''
-        run = made_runs.process(*script_of(stage, exp), before=before)
-        kills += run.returncode == -signal.SIGKILL
+    exp, rng, kills = f'random_{stage}', random.Random(stage), []
+    for attempt in range(60):
+        kind = rng.choice(KINDS) if len(set(kills)) == len(KINDS) else rng.choice([k for k in KINDS if k not in kills])
+        before = MOMENTS_OF.format(kind=kind, n=rng.randint(1, 8)) if len(kills) < 10 else ''
+        run = made_runs.forked(*script_of(stage, exp, '--workers', str(rng.randint(0, 1))), before=before)
         assert run.returncode in (0, -signal.SIGKILL), run.stderr
-        if run.returncode == 0:
+        if run.returncode:
+            kills.append(kind)
+        else:
             compare(stage, exp)
-            if kills >= 10:
+            if len(kills) >= 10:
+                assert set(kills) == set(KINDS)
                 return
-            Path('result', exp).rename(Path('result', f'{exp}_{attempt}'))  # it was too quick: begin anew
-    raise AssertionError(f'killed only {kills} times')
+            Path('result', exp).rename(Path('result', f'{exp}_{attempt}'))  # that moment never came: begin anew
+    raise AssertionError(f'killed only {len(kills)} times')
