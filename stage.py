@@ -7,10 +7,12 @@ The training scripts keep their loops to themselves; `Stage` is what those loops
 import contextlib
 import csv
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
@@ -78,6 +80,8 @@ def lock(folder):
             raise RunError(f'{folder} is in use by another run; wait for it or choose another --exp') from None
         except OSError:  # a network file system without locks
             pass
+        held = weakref.ref(f)  # loading processes outlive a killed run by seconds; they must not keep its lock
+        os.register_at_fork(after_in_child=lambda: held() and held().close())
     return f
 
 

@@ -75,6 +75,7 @@ def forked(script, *words, before='', env=None, timeout=900):
 def _child(folder, script, words, before, env, files):
     for number, file in enumerate(files, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), number)
+    multiprocessing.set_start_method('fork', force=True)  # of loading processes, as in a script started by hand
     os.chdir(folder)
     os.environ.update(env)
     sys.argv = [f'{script}.py', *words]

@@ -1,6 +1,8 @@
 """One stage's files: lock, curves, resuming, what stops it, what it keeps aside."""
 import csv
 import errno
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -249,22 +251,24 @@ def test_a_full_disk_while_logging_is_one_sentence_too(monkeypatch):
     assert Loop().seen[-1] == 7
 
 
-HOLD = '''import pathlib, stage, time
+HOLD = '''import os, pathlib, stage, time
 held = stage.lock(pathlib.Path("result/exp_1"))
-print("held", flush=True)
+child = os.fork()  # as a loading process, which outlives its parent for a while
+if child: print(child, flush=True)
 time.sleep(60)'''
 
 
 def test_a_second_run_in_the_same_folder_is_refused_and_the_lock_dies_with_its_process():
     holder = subprocess.Popen([sys.executable, '-c', HOLD], stdout=subprocess.PIPE, text=True)
     try:
-        assert holder.stdout.readline() == 'held\n'
+        child = int(holder.stdout.readline())
         with pytest.raises(RunError, match='result/exp_1 is in use by another run'):
             room.lock(FOLDER)
     finally:
         holder.kill()
         holder.wait()
     room.lock(FOLDER).close()
+    os.kill(child, signal.SIGKILL)
     with room.lock(FOLDER), pytest.raises(RunError, match='in use'):
         settings_stage()
 
