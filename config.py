@@ -88,7 +88,7 @@ disc_start = 50                  # the discriminator trains from step 0, its los
 disc_ramp = 50                   # ... and its weight rises over this many steps
 regression = False               # train_unet.py: train the baseline instead, a plain U-Net from source to target
 regression_channels = (48, 96, 192)  # its widths: about as many parameters as the three stages together
-regression_steps = 1800          # about the training time of the three stages together
+regression_steps = 1500          # about the training time of the three stages together
 
 # Post-training
 post_loss = 'l1'                 # l1: against the real image; lapt: LAPT's squared error against the reconstruction

@@ -79,8 +79,10 @@ class Cohort(torch.utils.data.Dataset):
         return self.__getitems__(range(int(self.ends[number - 1]) if number else 0, int(self.ends[number])))
 
     def some(self, at_most=256):
-        """A batch of samples spread evenly over the cohort, for statistics."""
-        return self.__getitems__(np.linspace(0, len(self) - 1, min(at_most, len(self))).astype(int))
+        """A batch of samples spread evenly over the cohort, for statistics: at most 512 MB of large volumes."""
+        each = 4 * (self.source_channels + self.target_channels + 2) * int(np.prod(self.size))
+        count = min(at_most, len(self), max(2, 2 ** 29 // each))
+        return self.__getitems__(np.linspace(0, len(self) - 1, count).astype(int))
 
     def __getitem__(self, i):
         return {name: value[0] for name, value in self.__getitems__([i]).items()}
