@@ -1,4 +1,5 @@
 """The diffusion against a published library, an oracle that knows the answer, and a Gaussian with a closed form."""
+import itertools
 import json
 import math
 from pathlib import Path
@@ -59,9 +60,26 @@ def test_samplers_are_diffusers_ddim(predict, schedule):
         torch.testing.assert_close(ddim_sample(theirs, toy_net, x, int(n)), goal, rtol=1e-9, atol=1e-9)
         # eps alone is divided by sqrt(ab), down to 5e-5, which multiplies the table's relative rounding.
         torch.testing.assert_close(ddim_sample(own, toy_net, x, int(n)), goal, rtol=1e-4, atol=1e-4)
+    if predict != 'eps':
+        goal = torch.tensor(made['ddim']['1'], dtype=torch.float64)[None]
+        torch.testing.assert_close(one_step(theirs, toy_net, x), goal, rtol=1e-9, atol=1e-9)
     steps = trailing_steps(1000, 10)
     step = _one_ancestral_step(theirs, x, noise, steps[3], steps[4])
     torch.testing.assert_close(step, torch.tensor(made['ancestral'], dtype=torch.float64)[None], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize('predict, schedule', ALL)
+def test_the_ddpm_sampler_is_diffusers_ddpm(predict, schedule):
+    made = REFERENCE[f'{predict} {schedule}']
+    x, noise = (torch.tensor(REFERENCE[name], dtype=torch.float64)[None] for name in ('x', 'noise'))
+    theirs = Diffusion(predict, schedule)
+    for t, value in made['alpha_bar'].items():
+        theirs.alpha_bar[int(t)] = value
+    for n, goal in made['ddpm'].items():
+        drawn = (noise * math.cos(k) for k in itertools.count())
+        z = sample(theirs, toy_net, x, 'ddpm', int(n), lambda z, drawn=drawn: next(drawn))
+        # The library's last step adds noise of variance 1e-20, and its coefficients multiply a few roundings.
+        torch.testing.assert_close(z, torch.tensor(goal, dtype=torch.float64)[None], rtol=1e-7, atol=1e-7)
 
 
 def _one_ancestral_step(diffusion, x, noise, t, t_next):
