@@ -12,22 +12,18 @@ Networks, task, schedule and scaling come from the checkpoints in result/<exp>, 
 
 import json
 import shutil
-import time
 from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
-from tqdm import tqdm
 
 import config
 import dataset
 import metrics
-import quality
-import status
 import utils
+from evaluate import amyloid_status, check_source, evaluate, fit_intervals, fit_quality, mri_volumes, std_maps, validate
 from model import fingerprint
 from translate import Model, Sampling, checkpoint_path, load_aae, load_model, mean_prediction, translate
 
@@ -36,71 +32,7 @@ __all__ = ['Model', 'Sampling', 'load_aae', 'load_model', 'translate', 'evaluate
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# Evaluation
-
-def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', intervals=None):
-    """Rows of metrics, one a subject in the order of ids, on the subject's own grid; the processes share the subjects.
-
-    predict(subject) -> (pred, std) in network scaling. quick: the few figures of a validation curve; else all of
-    metrics.subject_row. on_subject(subject, pred, std): called for each, e.g. to write files. Errors of one subject are
-    collected, not raised: returns (rows, errors).
-    """
-    rows, errors = [], []
-    ranges = {name: dataset.scaling_range(spec, name) for name in spec.targets}
-    mine = list(enumerate(ids))[run.rank::run.world]
-    for i, id in tqdm(mine, desc=label or 'evaluate', leave=False, disable=not run.main, mininterval=0.5):
-        try:
-            subject = dataset.load_subject(spec, id, with_truth=spec.has_truth(id))
-            start = time.perf_counter()
-            pred, std = predict(subject)
-            seconds, row = time.perf_counter() - start, dict(ID=id)
-            if subject.target is not None:
-                image, truth = subject.to_native(pred), subject.truth()
-                mask, lesion = subject.native_mask, subject.native_lesion
-                if quick:
-                    row |= metrics.quick_row(image, truth, mask, lesion, ranges, spec.task, axis=subject.axial_axis)
-                else:
-                    row |= metrics.subject_row(image, truth, mask, lesion, subject.spacing, ranges, spec.task,
-                                               axis=subject.axial_axis)
-                if intervals:
-                    spread = std_maps(subject, std, spec)
-                    for name, fit in intervals.items():
-                        coverage = quality.interval_coverage(image[name], spread[name], truth[name], mask, fit,
-                                                             limits=ranges[name])
-                        row |= {f'{name}_{k}': v for k, v in coverage.items()}
-            if on_subject:
-                on_subject(subject, pred, std)
-            rows.append((i, row | dict(seconds=seconds)))
-        except Exception as err:
-            if not getattr(err, 'one_sentence', False):
-                raise
-            errors.append(f'{id}: {str(err).removeprefix(f"{id}: ")}')
-    rows = [row for _, row in sorted(run.gather(rows), key=lambda pair: pair[0])]
-    return rows, run.gather(errors)
-
-
-def validate(run, predict, spec, ids):
-    """Means of the quick figures over the validation subjects, for a training stage; an unreadable one is an error."""
-    rows, errors = evaluate(run, predict, spec, ids, label='validate')
-    if errors:
-        raise utils.RunError(errors[0])
-    table = pd.DataFrame(rows).drop(columns=['ID', 'seconds'])
-    return {name: float(table[name].mean()) for name in table}  # undefined values (no lesion) are left out of the mean
-
-
-# ------------------------------------------------------------------------------------------------------------------
 # Writing
-
-def std_maps(subject, std, spec):
-    """The std over samples, (N, K, *S) in network scaling or None (zeros), as physical maps on the subject's grid."""
-    maps = {}
-    for k, name in enumerate(spec.target_names):
-        lo, hi = dataset.scaling_range(spec, name)
-        maps[name] = np.zeros(subject.shape, np.float32)
-        if std is not None:
-            maps[name] = subject.to_native_raw(std[:, k:k + 1]) * (hi - lo) / 2 * subject.native_mask
-    return maps
-
 
 def write_prediction(folder, subject, pred, std, spec, record):
     """<target>.nii.gz, <target>_std.nii.gz and prediction.json of one subject."""
@@ -123,15 +55,21 @@ def prediction_record(cfg, model, spec):
                 settings=model.prep)
 
 
+def settings_of(path):
+    """What inference.json says of checkpoint and sampler, without what was fitted with them; {} if it cannot be read."""
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):  # not there, or damaged: who knows
+        return {}
+    return {name: value for name, value in found.items() if name != 'intervals'}
+
+
 def keep_aside(folder, record):
     """Nothing is overwritten silently: results of other settings move to old_<n>; replacing the same ones is said."""
     old = folder / 'inference.json'
     if not (folder / 'pred').exists():
         return None
-    try:
-        same = json.loads(old.read_text()) == json.loads(json.dumps(record))
-    except (OSError, ValueError):  # not there, or damaged: who knows
-        same = False
+    same = settings_of(old) == json.loads(json.dumps(record))
     when = datetime.fromtimestamp((folder / 'pred').stat().st_mtime).strftime('%Y-%m-%d %H:%M')
     if same:
         return f'replacing the predictions of {when}, made with the same checkpoint and settings'
@@ -146,7 +84,10 @@ def infer_split(cfg, run, model, spec, folder):
     """Translate a split, write images and tables. Returns the collected errors."""
     ids = dataset.read_split(cfg.data_info, cfg.split)
     # The true label of a subject reaches the network only if it is asked for, and then the summary says so.
-    labels = dataset.read_labels(cfg.data_info, ids, cfg.num_classes) if cfg.label == 'true' else {}
+    labels = {}
+    if cfg.label == 'true':
+        fitted = [id for split in ('train', 'validation') for id in dataset.read_split(cfg.data_info, split)]
+        labels = dataset.read_labels(cfg.data_info, [*ids, *fitted], cfg.num_classes)
     how, record = Sampling.of(cfg), prediction_record(cfg, model, spec) | dict(split=cfg.split)
 
     def predict(subject, model=model):
@@ -159,16 +100,21 @@ def infer_split(cfg, run, model, spec, folder):
             print(note)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record, f, indent=1), 'w')
     run.barrier()
-    fits = fit_intervals(cfg, run, spec, predict) if cfg.label != 'true' else {}
-    qc = {}
+    fits = fit_intervals(cfg, run, spec, predict)
+    if run.main:  # beside the settings they were fitted with, for the subjects to come
+        fitted = record | dict(intervals=fits)
+        utils.write_atomic(folder / 'inference.json', lambda f: json.dump(fitted, f, indent=1), 'w')
+    qc, volumes = {}, {}
 
     def keep(subject, pred, std):
         qc[subject.id] = check_source(model, subject)
         more = dict(qc=qc[subject.id], intervals=fits)
         write_prediction(folder / 'pred' / subject.id, subject, pred, std, spec, record | more)
+        if spec.task == 'mri2pet' and subject.target is not None:
+            volumes[subject.id] = mri_volumes(subject)
 
     rows, errors = evaluate(run, predict, spec, ids, quick=False, label='translate', on_subject=keep, intervals=fits)
-    qc = dict(run.gather(qc.items()))
+    qc, volumes = dict(run.gather(qc.items())), dict(run.gather(volumes.items()))
     flagged = [f'{id}: {text}' for id, text in sorted(qc.items()) if text not in ('ok', '')]
     if flagged and run.main:
         print(f'{len(flagged)} subjects have a source unlike the training set:', *flagged, sep='\n  ')
@@ -181,7 +127,7 @@ def infer_split(cfg, run, model, spec, folder):
     for name, baseline in baselines(cfg, run, model, predict).items():
         rows = evaluate(run, baseline, spec, list(table['ID']), quick=False, label=f'baseline {name}')[0]
         tables[name] = pd.DataFrame(rows)
-    groups = amyloid_status(cfg, run, spec, predict, table) if 'suvr_pred' in table else None
+    groups = amyloid_status(cfg, run, spec, predict, table, volumes) if 'suvr_pred' in table else None
     if run.main:
         # validation_*.csv are training curves.
         name = folder / (cfg.split if cfg.split == 'test' else f'infer_{cfg.split}')
@@ -190,13 +136,15 @@ def infer_split(cfg, run, model, spec, folder):
         for baseline, t in tables.items():
             save_table(t, f'{name}_{baseline}.csv')
         summary = metrics.summarise(table, tables, cfg.seed)
+        if cfg.label != 'unknown':
+            summary['label_given'] = cfg.label
         save_table(summary, f'{name}_summary.csv')
         print(f'{len(table)} subjects of the {cfg.split} split, {record["checkpoint"]}, {cfg.sampler}'
               + (f'; the label was given (--label {cfg.label})' if cfg.label != 'unknown' else ''))
         print(metrics.format_table(summary))
         if groups is not None:
             save_table(groups, f'{name}_status.csv')
-            print(groups.to_string(index=False, float_format=lambda v: f'{v:.3f}'))
+            print(groups.set_index('score').T.to_string(float_format=lambda v: f'{v:.4g}'))
     return errors
 
 
@@ -218,80 +166,6 @@ def baselines(cfg, run, model, predict):
     return found | {name: partial(predict, model=load_model(cfg, run, name)) for name in others}
 
 
-def fit_intervals(cfg, run, spec, predict, voxels=20000):
-    """Intervals pred +- k_q sqrt(std^2 + s_0^2), q = 50, 90 %, by target, from the validation split: {target: fit}."""
-    ids = [id for id in dataset.read_split(cfg.data_info, 'validation') if spec.has_truth(id)]
-    parts = []
-
-    def keep(subject, pred, std):
-        inside = np.flatnonzero(subject.native_mask)
-        inside = inside[np.linspace(0, len(inside) - 1, min(voxels, len(inside))).astype(int)]
-        image, spread, truth = subject.to_native(pred), std_maps(subject, std, spec), subject.truth()
-        parts.append({name: [x[name].ravel()[inside] for x in (image, spread, truth)] for name in spec.targets})
-
-    errors = evaluate(run, predict, spec, ids, label='fit intervals', on_subject=keep)[1]
-    if errors:
-        raise utils.RunError(errors[0])
-    parts = run.gather(parts)
-    fits = {}
-    for name in spec.targets if parts else ():
-        pred, std, truth = zip(*[p[name] for p in parts], strict=True)
-        ones = [np.ones_like(p) for p in pred]
-        fits[name] = quality.interval_fit(pred, std, truth, ones, limits=dataset.scaling_range(spec, name))
-    return fits
-
-
-def amyloid_status(cfg, run, spec, predict, table):
-    """AUC and balanced accuracy of the synthetic SUVR, of a logistic regression on MRI volumes, and both class sizes.
-
-    Status is the true PET's SUVR above 1.11; thresholds are fitted on training + validation. Fills
-    table['status_pred'].
-    """
-    fit_ids = [id for split in ('train', 'validation') for id in dataset.read_split(cfg.data_info, split)]
-    volumes = []
-
-    def measure(subject, pred, std):
-        mri = subject.to_native_raw(subject.source) + 1
-        volumes.append((subject.id, status.volume_features(mri, subject.native_mask, subject.voxel_ml).tolist()))
-
-    def rows_of(ids, predict, label):
-        return pd.DataFrame(evaluate(run, predict, spec, ids, quick=False, label=label, on_subject=measure)[0])
-
-    fit = rows_of(fit_ids, predict, 'fit threshold')
-    rows_of(list(table['ID']), predict, 'MRI volumes')
-    volumes = dict(run.gather(volumes))
-    positive = [(t['suvr_true'] > status.TRUE_THRESHOLD).astype(int) for t in (fit, table)]
-    lines = dict(synthetic=status.classify(fit['suvr_pred'], positive[0], table['suvr_pred'], positive[1], cfg.seed))
-    table['status_pred'] = (table['suvr_pred'] > lines['synthetic']['threshold']).astype(int)
-    fit_volumes, table_volumes = ([volumes[id] for id in t['ID']] for t in (fit, table))
-    lines['mri_volumes'] = status.mri_baseline(fit_volumes, positive[0], table_volumes, positive[1], cfg.seed)[0]
-    return pd.DataFrame([dict(score=name) | line for name, line in lines.items()])
-
-
-def check_source(model, subject):
-    """Is the source like the training set's? 'ok', 'unlike training: what lies farthest out', or '' if not known."""
-    if not model.qc:
-        return ''
-    features = source_features(subject.source, subject.mask)
-    return f'unlike training: {quality.qc_reason(features, model.qc)}' if quality.qc_flag(features, model.qc) else 'ok'
-
-
-def source_features(source, mask):
-    """quality.source_features of the items with brain, which are those that a training cohort holds."""
-    brain = mask.reshape(len(mask), -1).any(1)
-    return quality.source_features(source[brain], mask[brain])
-
-
-def fit_quality(spec, cohort, validation_ids, at_most=100):
-    """What a good source looks like, from up to 100 training and 100 validation subjects: quality.qc_fit, or None."""
-    train = []
-    for j in np.linspace(0, len(cohort.ids) - 1, min(at_most, len(cohort.ids))).astype(int):
-        batch = cohort.subject_items(j)
-        train.append(source_features(batch['source'].numpy(), batch['mask'].numpy()))
-    good = [dataset.load_subject(spec, id, with_truth=False) for id in validation_ids[:at_most]]
-    return quality.qc_fit(train, [source_features(s.source, s.mask) for s in good]) if len(train) > 1 else None
-
-
 def save_table(table, path):
     utils.write_atomic(path, lambda f: table.to_csv(f, index=False, float_format='%.6g'), 'w')
 
@@ -308,10 +182,29 @@ def infer_file(cfg, run, model, spec):
     label = int(cfg.label) if cfg.label.isdigit() else None
     pred, std = translate(run, model, subject.source, subject.id, Sampling.of(cfg), label)
     qc = check_source(model, subject)
-    write_prediction(Path(cfg.out), subject, pred, std, spec, prediction_record(cfg, model, spec) | dict(qc=qc))
+    record = prediction_record(cfg, model, spec)
+    more = dict(qc=qc, intervals=known_intervals(Path('result') / cfg.exp / 'inference.json', record))
+    write_prediction(Path(cfg.out), subject, pred, std, spec, record | more)
     if qc not in ('ok', ''):
         print(f'{subject.id}: the source is {qc}; do not trust the images')
     print(f'{", ".join(f"{name}.nii.gz" for name in spec.targets)} written to {cfg.out}')
+
+
+def known_intervals(path, record):
+    """The intervals that inference on a split fitted, if it was done with this checkpoint and sampler; else {}."""
+    same = {name: value for name, value in settings_of(path).items() if name != 'split'} == record
+    return json.loads(path.read_text()).get('intervals', {}) if same else {}
+
+
+def check_sampling(cfg, model, spec):
+    """Settings that do not fit the network, or would do nothing, before anything is moved or written."""
+    if model.diffusion is not None and model.diffusion.predict == 'eps' and cfg.sampler == 'one_step':
+        raise config.SettingError("sampler 'one_step' is refused: this network predicts eps; use --sampler ddim")
+    if model.diffusion is not None and cfg.sampler != 'one_step' and cfg.num_steps > model.diffusion.timesteps:
+        raise config.SettingError(f'num_steps {cfg.num_steps} is more than the {model.diffusion.timesteps} steps of '
+                                  "this network's schedule")
+    if cfg.label != 'unknown' and not spec.num_classes:
+        raise config.SettingError(f'label {cfg.label} was given, but this network was trained without labels')
 
 
 def main():
@@ -329,10 +222,11 @@ def main():
         raise config.SettingError(f"the checkpoint in {folder} is for {theirs} ({model.prep['task']}), the settings "
                                   f'are for {ours} ({cfg.task}); give the preset it was trained with: --preset {used}')
     spec = dataset.Spec.from_settings(cfg, **model.prep)
-    if model.diffusion is not None and model.diffusion.predict == 'eps' and cfg.sampler == 'one_step':
-        raise config.SettingError("sampler 'one_step' is refused: this network predicts eps; use --sampler ddim")
+    check_sampling(cfg, model, spec)
     if run.main:
         print('\n'.join([*cfg.changes(), f'device {run.describe()}', f'model {model.origin}']))
+        if cfg.guidance != 1 and cfg.label == 'unknown':
+            print(f'guidance {cfg.guidance:g} has no effect while the label is unknown')
     if cfg.input:
         infer_file(cfg, run, model, spec)
         return

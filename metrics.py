@@ -359,7 +359,7 @@ def _mean_and_ci(values, prefix, seed):
 def format_table(summary):
     """The summary as text for a terminal: mean and interval, the baselines' means, * where Holm's p is below 0.05."""
     names = [c[:-len('_p_holm')] for c in summary.columns if c.endswith('_p_holm')]
-    lines = [['metric', 'n', 'mean', '95 % CI', *names]]
+    lines = [['metric', 'n', 'this model', '95 % CI', *[{'mean': 'mean image'}.get(name, name) for name in names]]]
     for _, r in summary.iterrows():
         line = [r['metric'], str(r['n']), _short(r['mean']), f'{_short(r["ci_low"])} .. {_short(r["ci_high"])}']
         marks = ['*' if r[f'{name}_p_holm'] < 0.05 else ' ' for name in names]

@@ -16,12 +16,12 @@ LEAVES = {'config', 'dataset', 'model', 'diffusion', 'losses', 'metrics', 'utils
           'quality', 'status',                                   # beside metrics.py: trust, amyloid status
           'anatomy', 'stroke', 'amyloid', 'describe',            # the parts of phantom.py
           'experiment', 'charts', 'montage', 'report'}           # the parts of plot.py
-SCRIPTS = {'translate', 'phantom', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot', 'benchmark', 'study',
-           'timing', 'plain', 'peers'}                                   # the parts of benchmark.py
+SCRIPTS = {'phantom', 'translate', 'evaluate', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot', 'benchmark',
+           'study', 'timing', 'plain', 'peers'}                          # three are the parts of benchmark.py
 MORE = {                                                         # what else a file may import of ours
     'model': {'layers'},
     'stage': {'utils'},
-    'infer': {'translate'},                                      # infer.py, split by name
+    'infer': {'translate', 'evaluate'},                          # infer.py, split by name
     'grid': {'volume'},
     'splits': {'volume'},
     'check': {'volume'},

@@ -328,7 +328,7 @@ def test_format_table():
     model, other = tables()
     text = metrics.format_table(metrics.summarise(model, {'regression': other}, seed=0))
     lines = text.splitlines()
-    assert lines[0].split() == ['metric', 'n', 'mean', '95', '%', 'CI', 'regression']
+    assert lines[0].split() == ['metric', 'n', 'this', 'model', '95', '%', 'CI', 'regression']
     psnr = next(line for line in lines if line.startswith('adc_psnr'))
     assert f'{model["adc_psnr"].mean():.2f}' in psnr and psnr.endswith(f'{other["adc_psnr"].mean():.2f}*')
     assert 'Wilcoxon' in lines[-1] and max(map(len, lines)) <= 100

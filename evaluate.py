@@ -1,0 +1,174 @@
+"""
+A model against the truth: figures of each subject, means for a validation curve, and what is fitted on training and
+validation subjects: intervals around the prediction, the check of the source, the threshold of amyloid status.
+
+Part of infer.py; the training stages validate with the very same functions.
+"""
+
+import time
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+import dataset
+import metrics
+import quality
+import status
+import utils
+
+
+def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', intervals=None):
+    """Rows of metrics, one a subject in the order of ids, on the subject's own grid; the processes share the subjects.
+
+    predict(subject) -> (pred, std) in network scaling. quick: the few figures of a validation curve; else all of
+    metrics.subject_row. on_subject(subject, pred, std): called for each, e.g. to write files. Errors of one subject are
+    collected, not raised: returns (rows, errors).
+    """
+    rows, errors = [], []
+    ranges = {name: dataset.scaling_range(spec, name) for name in spec.targets}
+    mine = list(enumerate(ids))[run.rank::run.world]
+    for i, id in tqdm(mine, desc=label or 'evaluate', leave=False, disable=not run.main, mininterval=0.5):
+        try:
+            subject = dataset.load_subject(spec, id, with_truth=spec.has_truth(id))
+            start = time.perf_counter()
+            pred, std = predict(subject)
+            seconds, row = time.perf_counter() - start, dict(ID=id)
+            if subject.target is not None:
+                image, truth = subject.to_native(pred), subject.truth()
+                mask, lesion = subject.native_mask, subject.native_lesion
+                if quick:
+                    row |= metrics.quick_row(image, truth, mask, lesion, ranges, spec.task, axis=subject.axial_axis)
+                else:
+                    row |= metrics.subject_row(image, truth, mask, lesion, subject.spacing, ranges, spec.task,
+                                               axis=subject.axial_axis)
+                if intervals:
+                    spread = std_maps(subject, std, spec)
+                    for name, fit in intervals.items():
+                        coverage = quality.interval_coverage(image[name], spread[name], truth[name], mask, fit,
+                                                             limits=ranges[name])
+                        row |= {f'{name}_{k}': v for k, v in coverage.items()}
+            if on_subject:
+                on_subject(subject, pred, std)
+            rows.append((i, row | dict(seconds=seconds)))
+        except Exception as err:
+            if not getattr(err, 'one_sentence', False):
+                raise
+            errors.append(f'{id}: {str(err).removeprefix(f"{id}: ")}')
+    rows = [row for _, row in sorted(run.gather(rows), key=lambda pair: pair[0])]
+    return rows, run.gather(errors)
+
+
+def validate(run, predict, spec, ids):
+    """Means of the quick figures over the validation subjects, for a training stage; an unreadable one is an error."""
+    rows, errors = evaluate(run, predict, spec, ids, label='validate')
+    if errors:
+        raise utils.RunError(errors[0])
+    table = pd.DataFrame(rows).drop(columns=['ID', 'seconds'])
+    return {name: float(table[name].mean()) for name in table}  # undefined values (no lesion) are left out of the mean
+
+
+def std_maps(subject, std, spec):
+    """The std over samples, (N, K, *S) in network scaling or None (zeros), as physical maps on the subject's grid."""
+    maps = {}
+    for k, name in enumerate(spec.target_names):
+        lo, hi = dataset.scaling_range(spec, name)
+        maps[name] = np.zeros(subject.shape, np.float32)
+        if std is not None:
+            maps[name] = subject.to_native_raw(std[:, k:k + 1]) * (hi - lo) / 2 * subject.native_mask
+    return maps
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Trust: intervals and the check of the source
+
+def fit_intervals(cfg, run, spec, predict, voxels=20000):
+    """Intervals pred +- k_q sqrt(std^2 + s_0^2), q = 50, 90 %, by target, from the validation split: {target: fit}."""
+    ids = [id for id in dataset.read_split(cfg.data_info, 'validation') if spec.has_truth(id)]
+    parts = []
+
+    def keep(subject, pred, std):
+        inside = np.flatnonzero(subject.native_mask)
+        inside = inside[np.linspace(0, len(inside) - 1, min(voxels, len(inside))).astype(int)]
+        image, spread, truth = subject.to_native(pred), std_maps(subject, std, spec), subject.truth()
+        parts.append({name: [x[name].ravel()[inside] for x in (image, spread, truth)] for name in spec.targets})
+
+    errors = evaluate(run, predict, spec, ids, label='fit intervals', on_subject=keep)[1]
+    if errors:
+        raise utils.RunError(errors[0])
+    parts = run.gather(parts)
+    fits = {}
+    for name in spec.targets if parts else ():
+        pred, std, truth = zip(*[p[name] for p in parts], strict=True)
+        ones = [np.ones_like(p) for p in pred]
+        fits[name] = quality.interval_fit(pred, std, truth, ones, limits=dataset.scaling_range(spec, name))
+    return fits
+
+
+def check_source(model, subject):
+    """Is the source like the training set's? 'ok', 'unlike training: what lies farthest out', or '' if not known."""
+    if not model.qc:
+        return ''
+    features = source_features(subject.source, subject.mask)
+    return f'unlike training: {quality.qc_reason(features, model.qc)}' if quality.qc_flag(features, model.qc) else 'ok'
+
+
+def source_features(source, mask):
+    """quality.source_features of the items with brain, which are those that a training cohort holds."""
+    brain = mask.reshape(len(mask), -1).any(1)
+    return quality.source_features(source[brain], mask[brain])
+
+
+def fit_quality(spec, cohort, validation_ids, at_most=100):
+    """What a good source looks like, from up to 100 training and 100 validation subjects: quality.qc_fit, or None."""
+    train = []
+    for j in np.linspace(0, len(cohort.ids) - 1, min(at_most, len(cohort.ids))).astype(int):
+        batch = cohort.subject_items(j)
+        train.append(source_features(batch['source'].numpy(), batch['mask'].numpy()))
+    good = [dataset.load_subject(spec, id, with_truth=False) for id in validation_ids[:at_most]]
+    return quality.qc_fit(train, [source_features(s.source, s.mask) for s in good]) if len(train) > 1 else None
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Amyloid status
+
+def mri_volumes(subject):
+    """[ventricle_ml, grey_matter_ml] of a subject's MRI, in the mask."""
+    mri = subject.to_native_raw(subject.source) + 1
+    return status.volume_features(mri, subject.native_mask, subject.voxel_ml).tolist()
+
+
+def amyloid_status(cfg, run, spec, predict, table, volumes):
+    """AUC, balanced accuracy and both class sizes of three scores: the composite SUVR of the synthetic PET, that of the
+    true PET, and a logistic regression on the MRI's volumes (ID -> mri_volumes). None, with the reason printed, where
+    the subjects do not allow it.
+
+    Status is the true PET's SUVR above 1.11; thresholds are fitted on training + validation, so that the true PET, too,
+    may miss a subject near 1.11. Fills table['status_pred'].
+    """
+    fit_volumes = {}
+
+    def measure(subject, pred, std):
+        fit_volumes[subject.id] = mri_volumes(subject)
+
+    ids = [id for split in ('train', 'validation') for id in dataset.read_split(cfg.data_info, split)]
+    ids = [id for id in ids if spec.has_truth(id)]
+    fit = evaluate(run, predict, spec, ids, quick=False, label='fit threshold', on_subject=measure)[0]
+    volumes, fit = volumes | dict(run.gather(fit_volumes.items())), pd.DataFrame(fit)
+    table['status_pred'] = np.nan
+    try:
+        if not len(fit) or pd.concat([fit, table])['suvr_true'].isna().any():
+            raise status.StatusError('it needs the true PET and the cortical composite (the setting lesion) of all '
+                                     'training, validation and test subjects.')
+        positive = [(t['suvr_true'] > status.TRUE_THRESHOLD).astype(int) for t in (fit, table)]
+        features = [[volumes[id] for id in t['ID']] for t in (fit, table)]
+        lines = dict(
+            synthetic=status.classify(fit['suvr_pred'], positive[0], table['suvr_pred'], positive[1], cfg.seed),
+            mri_volumes=status.mri_baseline(features[0], positive[0], features[1], positive[1], cfg.seed)[0],
+            true_pet=status.classify(fit['suvr_true'], positive[0], table['suvr_true'], positive[1], cfg.seed))
+    except status.StatusError as error:
+        if run.main:
+            print(f'amyloid status is not judged: {error}')
+        return None
+    table['status_pred'] = (table['suvr_pred'] > lines['synthetic']['threshold']).astype(int)
+    return pd.DataFrame([dict(score=name) | line for name, line in lines.items()])
