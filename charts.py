@@ -40,7 +40,7 @@ def draw_curves(path, losses, validations, best, region='lesion', dpi=110):
     stages = [stage for stage in STAGES if stage in losses or stage in validations]
     labels = {'psnr': 'PSNR (dB)', 'ssim': 'SSIM', 'lesion_mae': f'{region} MAE (0 to 1)', 'mae': 'MAE (0 to 1)'}
     figures = [name for name in labels if any(name in table for table in validations.values())][:3]
-    size = (3.3 * (1 + len(figures)) + 0.3, 2.4 * len(stages) + 0.4)
+    size = (2.8 * (1 + len(figures)) + 0.3, 2.3 * len(stages) + 0.4)
     figure, axes = plt.subplots(len(stages), 1 + len(figures), figsize=size, squeeze=False, layout='constrained')
     figure.suptitle('Training loss (thin: each step, thick: running mean) and validation'
                     + (' (ring: the checkpoint in use)' if best else ''), fontsize=11)
@@ -74,22 +74,22 @@ def _draw_losses(ax, table):
             ax.plot(table['step'], smooth, color=colour, linewidth=1.5, label=term)
     lowest = min((table[term].min() for term in terms), default=0)
     ax.set_yscale('log' if lowest > 0 else 'symlog', **({} if lowest > 0 else dict(linthresh=0.1)))
-    ax.legend(fontsize=7, frameon=False, ncols=2 if len(terms) > 3 else 1)
+    ax.legend(fontsize=7, framealpha=0.85, edgecolor='none', ncols=2 if len(terms) > 3 else 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Test subjects
 
-def draw_metrics(path, summary, models, panels, dpi=110):
+def draw_metrics(path, summary, models, panels, ceilings=None, dpi=110):
     """
     Mean and 95 % interval of each figure, a line for each model.
 
     summary: test_summary.csv indexed by metric; models: '' (this model) and the baselines; panels: (metric, label,
-    better), better 'higher', 'lower' or '' (nearest to zero).
+    better), better 'higher', 'lower' or '' (nearest to zero); ceilings: metric -> what a perfect image would score.
     """
-    columns = min(4, len(panels))
+    columns, ceilings = min(3, len(panels)), ceilings or {}
     rows = -(-len(panels) // columns)
-    size = (3.1 * columns + 1.6, (0.55 + 0.24 * len(models)) * rows + 0.9)
+    size = (3.1 * columns + 1.7, (0.55 + 0.24 * len(models)) * rows + 0.9)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout='constrained', sharey=True)
     figure.suptitle('Test subjects: mean and bootstrap 95 % interval; * differs from this model (p < 0.05, Holm)',
                     fontsize=11)
@@ -104,9 +104,9 @@ def draw_metrics(path, summary, models, panels, dpi=110):
             ax.plot(mean, place, marker, color=colour, markersize=7, markeredgecolor='white', markeredgewidth=0.6)
             if model and line.get(f'{model}_p_holm', np.nan) < 0.05:
                 ax.text(1, place - 0.12, '*', transform=ax.get_yaxis_transform(), ha='right', va='center', fontsize=13)
-        if metric == 'lesion_dice' and 'lesion_dice_ceiling' in summary.index:
-            ax.axvline(summary.loc['lesion_dice_ceiling', 'mean'], color='black', linestyle=':', linewidth=1)
-            label += '\n(dotted: rule on the real images)'
+        if np.isfinite(ceilings.get(metric, np.nan)):
+            ax.axvline(ceilings[metric], color='black', linestyle=':', linewidth=1)
+            label += ' (dotted: rule on real images)'
         if not better:
             ax.axvline(0, color='black', linewidth=0.7)
         hint = {'higher': r'$\rightarrow$ better', 'lower': r'$\leftarrow$ better', '': '0 is best'}[better]
@@ -128,7 +128,7 @@ def draw_stroke_scatter(path, facts, dpi=110):
     facts: table with the columns true_ml, pred_ml, rule_ml (the lesion; by the rule on the synthetic and on the real
     images), true_adc and pred_adc (mean in the true lesion, nan without one).
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10.6, 5.3), layout='constrained')
+    figure, axes = plt.subplots(1, 2, figsize=(10.6, 5.5), layout='constrained')
     ax = axes[0]
     top = max(facts[['true_ml', 'pred_ml', 'rule_ml']].max().max() * 1.6, 1)
     ax.plot([0, top], [0, top], color='0.5', linewidth=0.9, zorder=1)
@@ -163,7 +163,7 @@ def draw_amyloid_scatter(path, table, threshold, fitted, dpi=110):
 
     table: suvr_true, suvr_pred; threshold: of the true PET; fitted: of the synthetic one, or None if it is not known.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10.6, 5.3), layout='constrained')
+    figure, axes = plt.subplots(1, 2, figsize=(10.6, 5.5), layout='constrained')
     values = table[['suvr_true', 'suvr_pred']].to_numpy()
     low, high = values.min() - 0.05, values.max() + 0.05
     axes[0].plot([low, high], [low, high], color='0.5', linewidth=0.9)

@@ -12,7 +12,7 @@ STAGES = ('aae', 'unet', 'post', 'regression')
 SCRIPTS = dict(aae='train_aae.py', unet='train_unet.py', post='post_train.py',
                regression='train_unet.py --regression True')
 MODELS = ('', 'unet', 'regression', 'aae', 'mean')     # this model, then its baselines, in this order
-TEXT_COLUMNS = ('ID', 'metric', 'qc', 'score')
+TEXT_COLUMNS = ('ID', 'metric', 'qc', 'score', 'label_given')
 
 
 class ExperimentError(RuntimeError):

@@ -142,6 +142,7 @@ def infer_split(cfg, run, model, spec, folder):
         print(f'{len(table)} subjects of the {cfg.split} split, {record["checkpoint"]}, {cfg.sampler}'
               + (f'; the label was given (--label {cfg.label})' if cfg.label != 'unknown' else ''))
         print(metrics.format_table(summary))
+        Path(f'{name}_status.csv').unlink(missing_ok=True)
         if groups is not None:
             save_table(groups, f'{name}_status.csv')
             print(groups.set_index('score').T.to_string(float_format=lambda v: f'{v:.4g}'))

@@ -288,4 +288,5 @@ def draw_overview(path, cases, planes, windows, units, title, names, dpi=110):
                 view.outline(ax, case.found if kind == 'synthetic' else None, FOUND_COLOUR, 1.1)
                 if row == 0 and bars[column]:
                     sheet.bar(0, column, shown, units[target], len(cases))
-    sheet.finish(path, title, outlines(cases[0], names), f'same window in every row; {NOTE}', dpi)
+    note = f'true and synthetic: the same window in every row; {NOTE}'
+    sheet.finish(path, title, outlines(cases[0], names), note, dpi)

@@ -43,16 +43,16 @@ PANELS = {
     'ctp2dwi': [
         ('dwi_psnr', 'DWI PSNR (dB)', 'higher'), ('adc_psnr', 'ADC PSNR (dB)', 'higher'),
         ('dwi_ssim', 'DWI SSIM', 'higher'), ('adc_ssim', 'ADC SSIM', 'higher'),
-        ('lesion_mae', 'lesion MAE (scaled 0 to 1)', 'lower'), ('lesion_dice', 'lesion Dice', 'higher'),
+        ('lesion_mae', 'lesion MAE (scaled 0 to 1)', 'lower'), ('lesion_dice_2ml', 'Dice > 2 ml', 'higher'),
         ('lesion_detected', 'lesions detected (share)', 'higher'),
         ('lesion_avd_ml', '|volume difference| (ml)', 'lower'), ('false_lesion_ml', 'false lesion (ml)', 'lower'),
         ('adc_lesion_bias', r'ADC bias in the lesion ($10^{-6}$ mm$^2$/s)', ''),
-        ('lesion_contrast_error', 'lesion contrast error', 'lower'),
-        ('lesion_rim_mae', 'MAE 6 mm around the lesion', 'lower')],
+        ('lesion_contrast_error', 'lesion contrast error (ratio)', 'lower'),
+        ('lesion_rim_mae', 'MAE 6 mm around it (scaled 0 to 1)', 'lower')],
     'mri2pet': [
         ('suvr_psnr', 'PSNR (dB)', 'higher'), ('suvr_ssim', 'SSIM', 'higher'), ('suvr_ms_ssim', 'MS-SSIM', 'higher'),
-        ('suvr_mae', 'MAE (SUVR)', 'lower'), ('suvr_error', 'composite SUVR error', ''),
-        ('suvr_error_abs', '|composite SUVR error|', 'lower')]}
+        ('suvr_mae', 'MAE (SUVR)', 'lower'), ('suvr_error', 'composite error (SUVR)', ''),
+        ('suvr_error_abs', '|composite error| (SUVR)', 'lower')]}
 
 
 def make_spec(cfg, folder):
@@ -241,9 +241,10 @@ def draw_figures(spec, run, fig, faults):
         known = lines.index[np.isfinite(lines['mean'])]
         panels = [panel for panel in PANELS[task] if panel[0] in known]
         if panels:
-            charts.draw_metrics(path, lines, run.models, panels)
+            charts.draw_metrics(path, lines, run.models, panels, ceilings(run.test))
             figures.append((path, f'Mean and bootstrap 95 % interval. {STAR} The AAE of the truth has seen the true '
-                                  'image: it is the ceiling of the latent space, not a rival.'))
+                                  'image: it is the ceiling of the latent space, not a rival.' + (
+                                      ' Dice: of lesions above 2 ml.' if task == 'ctp2dwi' else '')))
     path = fig / 'scatter.png'
     if 'true_ml' in facts:
         charts.draw_stroke_scatter(path, facts)
@@ -265,6 +266,13 @@ def draw_figures(spec, run, fig, faults):
         charts.draw_curves(fig / 'curves.png', run.losses, run.validations, run.best, region)
         figures.append((fig / 'curves.png', 'Training. The first validation of a stage is the network before it.'))
     return figures
+
+
+def ceilings(test):
+    """What the lesion rule scores on the real images, of the same subjects as the figure beside it: metric -> mean."""
+    if test is None or not {'lesion_dice_2ml', 'lesion_dice_ceiling'} <= set(test):
+        return {}
+    return {'lesion_dice_2ml': test.loc[test['lesion_dice_2ml'].notna(), 'lesion_dice_ceiling'].mean()}
 
 
 def coverage(test, facts, targets):
@@ -310,11 +318,15 @@ def write_report(spec, run, figures, faults):
     summary, more = '', ''
     if run.summary is not None:
         labels = {model: charts.NAMES.get(model, model) for model in run.models}
-        summary = report.summary_table(run.summary, run.models, labels) + report.note(
+        units = dict.fromkeys(spec.target_names, 'as scaled') | run.record.get('units', {})
+        given = run.summary['label_given'].iloc[0] if 'label_given' in run.summary else None
+        summary = report.warning(f'A label was given to the network at inference (--label {given}): these figures '
+                                 'are not those of a subject whose amyloid status is unknown.') if given else ''
+        summary += report.summary_table(run.summary, run.models, labels, units) + report.note(
             f'Mean and bootstrap 95 % interval over the n test subjects for whom the figure is defined. {STAR} Taken '
             'in the brain mask, prediction and truth clipped to the range of the scaling.' + (
-                ' lesion_dice: without a lesion, finding none counts 1. lesion_dice_ceiling: the lesion rule on the '
-                f'real images. {RULE}' if spec.task == 'ctp2dwi' else ''))
+                ' lesion_dice: without a lesion, finding none counts 1; lesion_dice_2ml: lesions above 2 ml alone. '
+                f'lesion_dice_ceiling: the lesion rule on the real images. {RULE}' if spec.task == 'ctp2dwi' else ''))
     constants = json.loads(json.dumps(config.DEFAULTS))  # tuples become lists, as in the file
     changed = [(name, value, constants.get(name, '-')) for name, value in run.settings.items()
                if value != constants.get(name)]

@@ -19,7 +19,7 @@ p, li { max-width: 62rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .86rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .22rem .7rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child, table.plain th, table.plain td { text-align: left; }
+th:first-child, td:first-child, #summary td:nth-child(2), table.plain th, table.plain td { text-align: left; }
 table.plain th, table.plain td { white-space: normal; vertical-align: top; }
 thead th { border-bottom: 1.5px solid #1d2433; vertical-align: bottom; }
 tbody tr:nth-child(even) { background: #f4f6f9; }
@@ -32,6 +32,32 @@ code, pre { font-size: .84rem; background: #f4f6f9; }
 pre { padding: .6rem .8rem; overflow-x: auto; }
 summary { cursor: pointer; color: #0072B2; }
 """
+
+# What the columns of test.csv are, with their unit; a target stands before the first ones (dwi_mae).
+MEANING = {
+    'mae': 'mean |synthetic - true|, {unit}', 'psnr': 'dB', 'ssim': 'similarity, 1 = equal',
+    'ms_ssim': 'the same over several scales', 'lesion_mae': 'mean |synthetic - true| in the lesion, {unit}',
+    'coverage_50': 'share of voxels in their 50 % interval', 'width_50': 'half its width, {unit}',
+    'coverage_90': 'share of voxels in their 90 % interval', 'width_90': 'half its width, {unit}'}
+MEANING_OF = {
+    'lesion_mae': 'in the lesion, mean of DWI and ADC scaled 0 to 1',
+    'lesion_contrast_error': '|difference| of DWI lesion / rest of the brain',
+    'adc_lesion_bias': 'mean synthetic - true ADC, 1e-6 mm^2/s', 'adc_lesion_bias_abs': 'its size in each subject',
+    'lesion_dice': 'all subjects', 'lesion_dice_2ml': 'lesions above 2 ml',
+    'lesion_dice_ceiling': 'lesion rule on the real images', 'lesion_ml': 'true lesion, ml',
+    'lesion_avd_ml': '|found - true volume|, ml', 'lesion_detected': 'share of lesions touched',
+    'false_lesion_ml': 'found, touching no lesion, ml', 'lesion_rim_mae': '6 mm around the lesion, scaled 0 to 1',
+    'suvr_true': 'true PET, composite SUVR', 'suvr_pred': 'synthetic PET, composite SUVR',
+    'suvr_error': 'synthetic - true, SUVR', 'suvr_error_abs': 'its size in each subject'}
+
+
+def meaning(metric, units):
+    """What a line of the summary is, in a few words with its unit; units: target -> unit."""
+    for target, unit in units.items():
+        rest = metric.removeprefix(f'{target}_')
+        if metric not in MEANING_OF and rest != metric and rest in MEANING:
+            return MEANING[rest].format(unit=unit)
+    return MEANING_OF.get(metric, '')
 
 
 def escape(value):
@@ -46,11 +72,17 @@ def short(value):
     return f'{value:.{digits}f}'
 
 
-def summary_table(summary, models, labels):
+def hundredths(value):
+    """Two decimals, all that a few dozen subjects can bear; an empty figure is a dash."""
+    return '-' if value is None or not math.isfinite(value) else f'{value:.2f}'
+
+
+def summary_table(summary, models, labels, units):
     """
     test_summary.csv as HTML: a line for each metric, a column for each model, mean and 95 % interval.
 
-    models: '' for this model, then the baselines, named in `labels`. data-value holds each mean as in the CSV.
+    models: '' for this model, then the baselines, named in `labels`; units: target -> unit. data-value holds each
+    mean as in the CSV.
     """
     head = ''.join(f'<th>{escape(labels[model])}</th>' for model in models)
     lines = []
@@ -62,20 +94,22 @@ def summary_table(summary, models, labels):
             star = '*' if model and row.get(f'{model}_p_holm', math.nan) < 0.05 else ''
             range_ = f' <small>{short(low)} to {short(high)}</small>' if math.isfinite(low) else ''
             cells.append(f'<td{"" if model else " class=own"} data-value="{mean:.6g}">{short(mean)}{star}{range_}</td>')
-        lines.append(f'<tr><td>{escape(row["metric"])}</td><td>{int(row["n"])}</td>{"".join(cells)}</tr>')
-    return (f'<div class="scroll"><table id="summary"><thead><tr><th>metric</th><th>n</th>{head}</tr></thead>'
+        what = f'<td>{escape(row["metric"])}</td><td><small>{escape(meaning(row["metric"], units))}</small></td>'
+        lines.append(f'<tr>{what}<td>{int(row["n"])}</td>{"".join(cells)}</tr>')
+    return (f'<div class="scroll"><table id="summary"><thead><tr><th>metric</th><th></th><th>n</th>{head}</tr></thead>'
             f'<tbody>{"".join(lines)}</tbody></table></div>')
 
 
 def status_table(frame, limit):
     """test_status.csv as HTML: how well each score tells amyloid positive, true SUVR above `limit`, from negative."""
-    names = {'synthetic': 'SUVR of the synthetic PET', 'mri_volumes': 'ventricle and grey-matter volume of the MRI'}
+    names = {'synthetic': 'SUVR of the synthetic PET', 'mri_volumes': 'ventricle and grey-matter volume of the MRI',
+             'true_pet': 'SUVR of the true PET, which defines the status'}
     rows = []
     for line in frame.to_dict('records'):
-        parts = [[short(line.get(name + end)) for end in ('', '_ci_low', '_ci_high')]
+        parts = [[hundredths(line.get(name + end)) for end in ('', '_ci_low', '_ci_high')]
                  for name in ('auc', 'balanced_accuracy')]
         ranges = [f'{mean} ({low} to {high})' for mean, low, high in parts]
-        plain = [short(line.get(name)) for name in ('threshold', 'sensitivity', 'specificity')]
+        plain = [short(line.get('threshold')), *(hundredths(line.get(k)) for k in ('sensitivity', 'specificity'))]
         sizes = [' / '.join(f'{line.get(f"{part}_{sign}", math.nan):.0f}' for sign in ('negative', 'positive'))
                  for part in ('n', 'fit')]
         rows.append((names.get(line['score'], line['score']), *ranges, *plain, *sizes))
@@ -130,6 +164,11 @@ def missing(items):
     """The box that says what is not there yet, or cannot be shown."""
     points = ''.join(f'<li>{escape(item)}</li>' for item in items)
     return f'<div class="missing">Not there, or not readable:<ul>{points}</ul></div>' if items else ''
+
+
+def warning(text):
+    """A box that cannot be overlooked."""
+    return f'<div class="missing">{escape(text)}</div>'
 
 
 def page(title, lead, sections):

@@ -247,9 +247,9 @@ def test_quick_row_agrees_with_subject_row_and_is_quick(task):
         assert quick['lesion_mae'] == pytest.approx(full['lesion_mae'])
         times = []
         for _ in range(3):
-            start = time.perf_counter()
+            start = time.process_time()
             metrics.quick_row(pred, truth, mask, lesion, RANGES, task)
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         assert min(times) < 0.15
     assert np.isnan(metrics.quick_row(pred, truth, mask, np.zeros_like(mask), RANGES, task)['lesion_mae'])
 

@@ -8,8 +8,11 @@ import made_runs
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from sklearn.metrics import roc_auc_score
 
 import phantom
+import translate
 
 COMMON = ('--data_root', 'data', '--data_info', 'data/data_info', '--spacing', '(None, None, None)', '--device', 'cpu',
           '--precision', 'fp32', '--eval_every', '1000', '--save_every', '1000', '--disc_start', '40',
@@ -166,6 +169,97 @@ def test_ddim_with_samples_gives_a_map_of_their_spread(trained, capsys):
         assert np.abs(image - first[name]).max() <= 1e-5 * np.ptp(first[name]), name
 
 
+def test_an_image_does_not_depend_on_batch_order_or_company(trained):
+    """Also where noise is drawn at every step: another batch size, the lists reversed, subjects in another list."""
+    task, settings, folder = trained
+    words = (*settings['words'], '--init_from', settings['exp'], '--sampler', 'ddpm', '--num_steps', '3', '--samples',
+             '2')
+    found = {}
+    first, second = ids('test')[:2]
+    held_out = [*ids('validation'), *ids('test')]
+    for name, test, batch in (('one', [first, second], '32'), ('other', [held_out[0], second, first], '3')):
+        info = Path(f'lists_{name}')
+        shutil.copytree('data/data_info', info)
+        (info / 'test.txt').write_text('\n'.join(test))
+        (info / 'validation.txt').write_text('\n'.join(id for id in held_out if id not in test))
+        made_runs.call('infer', *words, '--data_info', str(info), '--exp', name, '--eval_batch', batch)
+        found[name] = images(Path('result', name, 'pred'))
+    checked = [name for name in found['one'] if name in found['other']]
+    assert len(checked) == 2 * 2 * len(settings['targets'])       # two subjects, image and std
+    for name in checked:
+        size = np.ptp(found['one'][name.replace('_std', '')])
+        assert np.abs(found['one'][name] - found['other'][name]).max() <= 1e-5 * size, name
+        assert np.ptp(found['one'][name]) > 1e-3 * size
+    alike = images(Path('result/one/pred', first)), images(Path('result/one/pred', second))
+    assert all(a.shape != b.shape or np.abs(a - b).max() > 0 for a, b in zip(alike[0].values(), alike[1].values(),
+                                                                             strict=True))
+
+
+def test_starting_noise_is_keyed_bit_for_bit():
+    def draw(*key, k=0):
+        return translate.starting_noise(key, (2, 3), k, 'cpu')()
+
+    torch.manual_seed(1)
+    first = draw(0, 'sub-1')
+    torch.manual_seed(2)
+    torch.randn(7)
+    assert torch.equal(first, draw(0, 'sub-1')) and first.shape == (1, 2, 3)
+    for other in (draw(0, 'sub-2'), draw(1, 'sub-1'), draw(0, 'sub-1', k=1)):
+        assert not torch.equal(first, other)
+
+
+def test_intervals_are_fitted_on_validation_for_the_sampler_in_use(trained):
+    """Coverage by hand from the files: on validation what was asked for, on test what test.csv says."""
+    task, settings, folder = trained
+    words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'spread', '--sampler', 'ddim', '--num_steps',
+             '2', '--samples', '4')
+    place, fits = Path('result/spread'), {}
+    for split in ('validation', 'test'):
+        made_runs.call('infer', *words, '--split', split)
+        rows = {row['ID']: row for row in table(place / ('test.csv' if split == 'test' else 'infer_validation.csv'))}
+        cover = {}
+        for id in ids(split):
+            inside = np.asanyarray(nib.load(mask(task, id)).dataobj) > 0
+            fits[split] = json.loads((place / 'pred' / id / 'prediction.json').read_text())['intervals']
+            for name, fit in fits[split].items():
+                pred, std, real = (np.asanyarray(nib.load(path).dataobj)[inside].astype(float) for path in (
+                    place / 'pred' / id / f'{name}.nii.gz', place / 'pred' / id / f'{name}_std.nii.gz',
+                    truth(task, id, name)))
+                if name == 'dwi':                                # in multiples of its median
+                    real = real / np.median(real)
+                top = dict(dwi=3, adc=3000, suvr=3)[name]
+                error = np.abs(np.clip(pred, 0, top) - np.clip(real, 0, top))
+                assert std.max() > 0
+                for q, k in zip(fit['q'], fit['k'], strict=True):
+                    share = np.mean(error <= k * np.sqrt(std ** 2 + fit['s_0'] ** 2))
+                    assert float(rows[id][f'{name}_coverage_{100 * q:.0f}']) == pytest.approx(share, abs=2e-3)
+                    cover.setdefault((name, q), []).append(share)
+        assert len(cover) == 2 * len(settings['targets'])
+        if split == 'validation':
+            for (name, q), shares in cover.items():
+                assert np.mean(shares) == pytest.approx(q, abs=0.01), name
+    assert fits['test'] == fits['validation'] == json.loads((place / 'inference.json').read_text())['intervals']
+    other = json.loads(next((folder / 'pred').glob('*/prediction.json')).read_text())['intervals']
+    assert other != fits['test']                                  # one_step has its own
+    id = ids('test')[0]
+    new = ('--input', str(source(task, id)), '--input_mask', str(mask(task, id)))
+    for more, expected in (((), fits['test']), (('--num_steps', '3'), {})):  # known for this sampler, not for another
+        made_runs.call('infer', *words, *more, *new, '--out', f'new{len(more)}')
+        assert json.loads(Path(f'new{len(more)}', 'prediction.json').read_text())['intervals'] == expected
+
+
+@pytest.mark.parametrize('words, text', [
+    (('--sampler', 'ddim', '--num_steps', '2000'), 'num_steps 2000 is more than the 1000 steps'),
+    (('--label', 'true', '--input', 'x.nii'), 'label'), (('--samples', '0'), "'samples' is 0")])
+def test_settings_the_network_cannot_take_touch_nothing(trained, words, text):
+    task, settings, folder = trained
+    before = {path: path.stat().st_mtime for path in folder.rglob('*')}
+    with pytest.raises(Exception, match=text) as caught:
+        made_runs.call('infer', *settings['words'], *words)
+    assert caught.value.one_sentence
+    assert {path: path.stat().st_mtime for path in folder.rglob('*')} == before
+
+
 def test_one_new_file_without_truth(trained, capsys):
     task, settings, folder = trained
     id = ids('test')[0]
@@ -274,5 +368,34 @@ def test_a_label_given_at_inference_changes_the_image_and_is_said(trained, capsy
     for label in ('0', '1', 'true'):
         made_runs.call('infer', *settings['words'], '--label', label, '--guidance', '1.5')
         assert f'the label was given (--label {label})' in capsys.readouterr().out
+        assert {row['label_given'] for row in table(folder / 'test_summary.csv')} == {label}
         found.append(images(folder / 'pred'))
     assert any(not np.array_equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_amyloid_status_of_synthetic_and_true_pet_and_of_the_mri(trained, capsys):
+    task, settings, folder = trained
+    if task == 'ctp2dwi':
+        pytest.skip('this task has no status')
+    words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'status')
+    made_runs.call('infer', *words)
+    rows = {row['score']: row for row in table('result/status/test_status.csv')}
+    assert list(rows) == ['synthetic', 'mri_volumes', 'true_pet']
+    test = table('result/status/test.csv')
+    score, label = ([float(row[k]) for row in test] for k in ('suvr_pred', 'suvr_true'))
+    label = [value > 1.11 for value in label]
+    assert 0 < sum(label) < len(label)
+    assert float(rows['synthetic']['auc']) == pytest.approx(roc_auc_score(label, score), abs=1e-5)
+    assert float(rows['true_pet']['auc']) == 1
+    limit = float(rows['synthetic']['threshold'])
+    assert [int(float(row['status_pred'])) for row in test] == [int(value > limit) for value in score]
+    for row in rows.values():
+        assert [int(row['n_negative']), int(row['n_positive'])] == [len(label) - sum(label), sum(label)]
+        assert int(row['fit_negative']) + int(row['fit_positive']) == len(ids('train')) + len(ids('validation'))
+    capsys.readouterr()
+    made_runs.call('infer', *words, '--lesion', 'None')          # no composite: all but the status is there
+    assert 'amyloid status is not judged: it needs' in capsys.readouterr().out
+    again = table('result/status/test.csv')
+    assert [row['suvr_psnr'] for row in again] == [row['suvr_psnr'] for row in test]
+    assert {row['status_pred'] for row in again} == {''}
+    assert not Path('result/status/test_status.csv').exists()

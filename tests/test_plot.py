@@ -165,12 +165,12 @@ def check_page(folder):
     shown = {row[0]: row for row in page.rows if row}
     for line in lines:
         row = shown[line['metric']]
-        assert row[1] == line['n']
+        assert row[1] and row[2] == line['n']  # what it is, and its unit
         if not line['mean']:  # undefined for all subjects, as lesion_dice_2ml where all lesions are small
             continue
         mean = float(line['mean'])
-        assert float(row[2].split()[0]) == pytest.approx(mean, rel=6e-4, abs=6e-5)
-        assert float(row[2].split()[1]) == pytest.approx(float(line['ci_low']), rel=6e-4, abs=6e-5)
+        assert float(row[3].split()[0]) == pytest.approx(mean, rel=6e-4, abs=6e-5)
+        assert float(row[3].split()[1]) == pytest.approx(float(line['ci_low']), rel=6e-4, abs=6e-5)
     return page
 
 
@@ -204,7 +204,12 @@ def test_amyloid(monkeypatch):
     assert FIGURES < files and len(files) == len(FIGURES) + 4
     page = check_page(folder)
     assert 'SUVR of the synthetic PET' in page.text and 'smallest error' in page.text
-    assert ['label given to the network', 'unknown'] in page.rows
+    assert ['label given to the network', 'unknown'] in page.rows and '--label' not in page.text
+    summary = pd.read_csv(folder / 'test_summary.csv')
+    save(summary.assign(label_given='true'), folder / 'test_summary.csv')
+    cfg = amyloid_settings()
+    plot.write_report(plot.make_spec(cfg, folder), plot.Experiment(cfg.exp), [], {})
+    assert 'A label was given to the network at inference (--label true)' in Page(folder / 'report.html').text
 
 
 def test_a_folder_with_nothing_but_curves(monkeypatch, capsys):
@@ -390,6 +395,12 @@ def test_coverage_series():
     assert plot.coverage(test, pd.DataFrame(dict(dwi_raw_50=[0.1, 0.3])), ('dwi', 'adc')) == {
         'dwi': {'fitted intervals': [(0.5, 0.5, 0.4, 0.6), (0.9, pytest.approx(0.85), 0.8, 0.9)],
                 'normal, std of the samples': [(0.5, 0.2, 0.1, 0.3)]}}
+
+
+def test_the_ceiling_is_of_the_same_subjects_as_the_dice_beside_it():
+    test = pd.DataFrame(dict(lesion_dice_2ml=[0.5, np.nan, 0.7], lesion_dice_ceiling=[0.8, 0.1, 0.9]))
+    assert plot.ceilings(test) == {'lesion_dice_2ml': pytest.approx(0.85)}
+    assert plot.ceilings(None) == plot.ceilings(pd.DataFrame(dict(suvr_psnr=[1.0]))) == {}
 
 
 def test_windows_are_the_same_for_true_and_synthetic_and_hold_the_lesion():

@@ -1,10 +1,17 @@
 """Intervals that cover what they promise, and a source check that flags what does not belong."""
 import json
+from pathlib import Path
 
+import made_runs
+import nibabel as nib
 import numpy as np
 import pytest
 from scipy import ndimage, stats
 
+import config
+import dataset
+import evaluate
+import phantom
 import quality
 
 
@@ -168,3 +175,79 @@ def test_threshold_lets_one_in_twenty_pass():
     assert few['threshold'] == pytest.approx(1.5 * max(scores[:10]))
     with pytest.raises(quality.QualityError):
         quality.qc_fit(train[:1], validation)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# the same on the phantoms of both tasks, from files, as inference reads them
+
+COHORTS = dict(ctp2dwi=('6,6,8', '(36, 40)'), mri2pet=('6,6,6', '(28, 36, 28)'))
+
+
+@pytest.fixture(scope='module', params=COHORTS)
+def cohort(request, tmp_path_factory):
+    """(task, Spec, IDs of subjects that were not fitted on, their features, the fit)."""
+    task, (spacing, size) = request.param, COHORTS[request.param]
+    with made_runs.folder(tmp_path_factory.mktemp(task)) as path:
+        phantom.main(['--task', task, '--out', 'data', '--subjects', '70', '--seed', '3', '--workers', '1', '--spacing',
+                      spacing])
+        words = ['--preset', f'{task}_demo', '--data_root', str(path / 'data'), '--data_info',
+                 str(path / 'data/data_info'), '--spacing', '(None, None, None)', '--image_size', size]
+    cfg = config.load('', argv=words)
+    spec = dataset.Spec.from_settings(cfg)
+    ids = sorted(id for split in ('train', 'validation', 'test') for id in dataset.read_split(cfg.data_info, split))
+    found = [of(dataset.load_subject(spec, id, with_truth=False)) for id in ids]
+    return task, spec, ids[51:], found, quality.qc_fit(found[:32], found[32:51])
+
+
+def of(subject):
+    return evaluate.source_features(subject.source, subject.mask)
+
+
+@pytest.mark.slow
+def test_at_most_one_good_phantom_in_twenty_is_flagged(cohort):
+    task, spec, ids, found, fit = cohort
+    assert sum(quality.qc_flag(f, fit) for f in found[32:51]) == 0     # 19 for validation, and with the one to come 20
+    assert len(found[51:]) == 19 and sum(quality.qc_flag(f, fit) for f in found[51:]) <= 1
+
+
+def stretched(image, like, mask):
+    """An image with the mean and spread that `like` has in the mask, as many frames."""
+    image = like[mask].mean() + (image - image[mask].mean()) / image[mask].std() * like[mask].std()
+    return np.broadcast_to(image.reshape(image.shape + (1,) * (like.ndim - 3)), like.shape)
+
+
+FAULTS = {                                               # source, mask, target -> source, mask
+    'another modality': lambda s, m, t: (stretched(t, s, m), m),
+    'upside down': lambda s, m, t: (s[:, :, ::-1], m[:, :, ::-1]),
+    'front to back': lambda s, m, t: (s[:, ::-1], m[:, ::-1]),
+    'noise': lambda s, m, t: (np.random.default_rng(0).normal(s[m].mean(), s[m].std(), s.shape), m),
+    'a tenth': lambda s, m, t: (s / 10, m),
+    'times 1000': lambda s, m, t: (s * 1000, m),
+    'an offset': lambda s, m, t: (s + 20, m),
+    'cut off above': lambda s, m, t: (np.minimum(s, np.quantile(s[m], 0.6)), m)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('fault', FAULTS)
+def test_faulty_files_of_both_tasks_are_flagged_or_refused(cohort, fault, tmp_path):
+    """An MRI is scaled by its own quantiles: a factor or an offset gives the very same input and does no harm."""
+    task, spec, ids, found, fit = cohort
+    root = Path(spec.root)
+    for id in ids[:4]:
+        files = [root / id / f'{name}.nii.gz' for name in ('ctp', 'mask', 'adc')] if task == 'ctp2dwi' else [
+            next((root / name).glob(f'{id}.nii*')) for name in ('whole_MRI', 'mask', 'whole_Abeta')]
+        source, mask, target = (nib.load(file) for file in files)
+        inside = mask.get_fdata() > 0
+        made = FAULTS[fault](source.get_fdata(), inside, target.get_fdata())
+        for name, array, kind in (('source', made[0], np.float32), ('mask', made[1], np.uint8)):
+            nib.save(nib.Nifti1Image(np.ascontiguousarray(array, kind), source.affine), tmp_path / f'{name}.nii')
+        try:
+            subject = dataset.load_subject(spec, files={k: str(tmp_path / f'{k}.nii') for k in ('source', 'mask')})
+        except dataset.DataError as error:
+            assert task == 'ctp2dwi' and fault == 'times 1000' and 'HU' in str(error)
+            continue
+        if task == 'mri2pet' and fault in ('a tenth', 'times 1000', 'an offset'):
+            good = dataset.load_subject(spec, id, with_truth=False)
+            assert np.abs(subject.source - good.source).max() < 1e-4
+        else:
+            assert quality.qc_flag(of(subject), fit), (id, quality.qc_score(of(subject), fit), fit['threshold'])

@@ -183,6 +183,28 @@ def test_the_effective_batch_may_change_and_is_said(runs):
     assert [row[0] for row in made_runs.curve(exp / 'loss_curve_unet.csv')] == ['step', '0', '1', '2', '3']
 
 
+def test_images_do_not_depend_on_the_number_of_processes(runs):
+    """One checkpoint, noise at every step: two processes give the images, intervals and figures of one."""
+    path = runs[0]
+    with made_runs.folder(path):
+        for count, batch in ((1, '32'), (2, '2')):
+            launch(count, 'infer', *WORDS, '--init_from', 'one', '--exp', f'by_{count}', '--sampler', 'ddpm',
+                   '--num_steps', '4', '--samples', '2', '--eval_batch', batch)
+    pair = path / 'result/by_1', path / 'result/by_2'
+    files = sorted(str(p.relative_to(pair[0])) for p in (pair[0] / 'pred').rglob('*.nii.gz'))
+    assert len(files) == 2 * 2 * 2                                     # subjects, targets, image and std
+    for name in files:
+        a, b = (np.asanyarray(nib.load(folder / name).dataobj) for folder in pair)
+        size = np.ptp(np.asanyarray(nib.load(pair[0] / name.replace('_std', '')).dataobj))
+        assert np.abs(a - b).max() <= 1e-5 * size and np.ptp(a) > 1e-3 * size, name
+    one, two = (made_runs.curve(folder / 'test.csv') for folder in pair)
+    assert [row[0] for row in one] == [row[0] for row in two] and one[0] == two[0]
+    for a, b in zip(one[1:], two[1:], strict=True):
+        assert [x for x in a if x[:1].isalpha()] == [x for x in b if x[:1].isalpha()]
+        numbers = [[float(x or 'nan') for x in row if not x[:1].isalpha()] for row in (a, b)]
+        np.testing.assert_allclose(*numbers, rtol=2e-4, atol=1e-4)
+
+
 def test_log_says_two_processes_and_speaks_once(runs):
     for count, text in zip((1, 2, 1, 2), runs[1], strict=True):
         scripts = text.count('device cpu (')
