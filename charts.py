@@ -74,7 +74,7 @@ def _draw_losses(ax, table):
             ax.plot(table['step'], smooth, color=colour, linewidth=1.5, label=term)
     lowest = min((table[term].min() for term in terms), default=0)
     ax.set_yscale('log' if lowest > 0 else 'symlog', **({} if lowest > 0 else dict(linthresh=0.1)))
-    ax.legend(fontsize=7, framealpha=0.85, edgecolor='none', ncols=2 if len(terms) > 3 else 1)
+    ax.legend(fontsize=7, framealpha=0.6, edgecolor='none', ncols=2 if len(terms) > 3 else 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

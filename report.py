@@ -24,6 +24,10 @@ table.plain th, table.plain td { white-space: normal; vertical-align: top; }
 thead th { border-bottom: 1.5px solid #1d2433; vertical-align: bottom; }
 tbody tr:nth-child(even) { background: #f4f6f9; }
 td.own { font-weight: 600; }
+#summary th { white-space: normal; max-width: 9rem; }
+#summary td { vertical-align: top; }
+#summary td:nth-child(2) { white-space: normal; }
+#summary td[data-value] small { display: block; }
 small { color: #5b6577; font-weight: 400; }
 figure { margin: 1.2rem 0 2rem; }
 figure img { max-width: 100%; height: auto; border: 1px solid #e3e7ee; }

@@ -173,6 +173,8 @@ def test_threshold_lets_one_in_twenty_pass():
     assert np.mean([quality.qc_flag(f, fit) for f in new]) < 0.12
     few = quality.qc_fit(train, validation[:10])
     assert few['threshold'] == pytest.approx(1.5 * max(scores[:10]))
+    more = quality.qc_fit(train, validation[:30])
+    assert more['threshold'] == pytest.approx(1.25 * max(scores[:30]))
     with pytest.raises(quality.QualityError):
         quality.qc_fit(train[:1], validation)
 
