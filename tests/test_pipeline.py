@@ -377,7 +377,14 @@ def test_amyloid_status_of_synthetic_and_true_pet_and_of_the_mri(trained, capsys
     task, settings, folder = trained
     if task == 'ctp2dwi':
         pytest.skip('this task has no status')
-    words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'status')
+    shutil.copytree('data/data_info', 'lists_status')             # both classes in the test list
+    known = {row['ID']: row['label'] for row in table('data/data_info/data_info.csv')}
+    chosen = [id for label in ('0', '1') for id in sorted(known) if known[id] == label and id not in ids('validation')]
+    chosen = [*chosen[:3], *chosen[-3:]]
+    Path('lists_status/test.txt').write_text('\n'.join(chosen))
+    train = [id for id in known if id not in (*chosen, *ids('validation'))]
+    Path('lists_status/train.txt').write_text('\n'.join(train))
+    words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'status', '--data_info', 'lists_status')
     made_runs.call('infer', *words)
     rows = {row['score']: row for row in table('result/status/test_status.csv')}
     assert list(rows) == ['synthetic', 'mri_volumes', 'true_pet']
@@ -391,7 +398,7 @@ def test_amyloid_status_of_synthetic_and_true_pet_and_of_the_mri(trained, capsys
     assert [int(float(row['status_pred'])) for row in test] == [int(value > limit) for value in score]
     for row in rows.values():
         assert [int(row['n_negative']), int(row['n_positive'])] == [len(label) - sum(label), sum(label)]
-        assert int(row['fit_negative']) + int(row['fit_positive']) == len(ids('train')) + len(ids('validation'))
+        assert int(row['fit_negative']) + int(row['fit_positive']) == len(train) + len(ids('validation'))
     capsys.readouterr()
     made_runs.call('infer', *words, '--lesion', 'None')          # no composite: all but the status is there
     assert 'amyloid status is not judged: it needs' in capsys.readouterr().out
