@@ -56,7 +56,7 @@ def prediction_record(cfg, model, spec):
 
 
 def settings_of(path):
-    """What inference.json says of checkpoint and sampler, without what was fitted with them; {} if it cannot be read."""
+    """What inference.json says of checkpoint and sampler, less what was fitted with them; {} if it cannot be read."""
     try:
         found = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):  # not there, or damaged: who knows
