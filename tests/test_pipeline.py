@@ -249,7 +249,7 @@ def test_intervals_are_fitted_on_validation_for_the_sampler_in_use(trained):
 
 
 @pytest.mark.parametrize('words, text', [
-    (('--sampler', 'ddim', '--num_steps', '2000'), 'num_steps 2000 is more than the 1000 steps'),
+    (('--sampler', 'ddim', '--timesteps', '3000', '--num_steps', '2000'), 'num_steps 2000 is more than the 1000 steps'),
     (('--label', 'true', '--input', 'x.nii', '--out', 'o'), 'label'), (('--samples', '0'), "'samples' is 0")])
 def test_settings_the_network_cannot_take_touch_nothing(trained, words, text):
     task, settings, folder = trained
