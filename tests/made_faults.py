@@ -139,7 +139,9 @@ def hold_lock():
     fcntl.flock(held, fcntl.LOCK_EX)
 
 
+# A shell lets what it starts in the background ignore SIGINT, and its children inherit that.
 INTERRUPT = '''import os, signal, utils
+signal.signal(signal.SIGINT, signal.default_int_handler)
 update = utils.EMA.update
 def watched(self, net, step):
     os.kill(os.getpid(), signal.SIGINT)
