@@ -303,7 +303,7 @@ INFER = [
     Fault('a validation subject that cannot be read', 'infer.py $TINY', half('data/s03/adc.nii.gz')),
     Fault('labels that are asked for and not there', 'infer.py $PET --exp exp_pet --label true',
           remove('pet/data_info/data_info.csv')),
-    Fault('a full disk under the images', 'infer.py $TINY', limit=1),
+    Fault('a full disk under the results', 'infer.py $TINY', limit=1),
     Fault('a file in the place of pred/', 'infer.py $TINY', instead('result/exp_1/pred')),
     Fault('a target of which the settings know no file',
           "infer.py $TINY --targets \"{'dwi': '{root}/{id}/dwi.nii.gz'}\" "
