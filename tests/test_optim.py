@@ -101,3 +101,26 @@ def test_a_restored_optimiser_goes_on_with_equal_tensors(kind, tmp_path):
 
 def test_a_network_without_hidden_kernels_is_left_to_adamw():
     assert isinstance(optim.make('muon', [(nn.Linear(3, 3), 1.0)]), torch.optim.AdamW)
+
+
+def test_the_loss_scaler_of_fp16_works_on_both_parts():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 16, 3), nn.SiLU(), nn.Conv2d(16, 16, 3))
+    opt, scaler = optim.make('muon', [(net, 1.0)]), torch.amp.GradScaler('cpu', init_scale=1024.0)
+    utils.set_lr(opt, 1e-3)
+
+    def step(poison):
+        scaler.scale(net(torch.randn(2, 2, 8, 8)).square().mean()).backward()
+        if poison:
+            net[2].weight.grad[0, 0, 0, 0] = float('inf')
+        scaler.unscale_(opt)
+        scaler.step(opt)
+        scaler.update()
+        opt.zero_grad()
+
+    for poison in (False, True, False):
+        before = [p.detach().clone() for p in net.parameters()]
+        step(poison)
+        moved = [not torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True)]
+        assert not any(moved) if poison else all(moved)  # an overflow skips the step of both
+    assert scaler.get_scale() == 512.0
