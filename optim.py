@@ -2,7 +2,8 @@
 The optimisers: AdamW, and Muon for the convolution kernels with AdamW for the rest.
 
 Muon (Jordan et al., 2024) replaces the momentum of a weight matrix by the nearest orthogonal one, so that each step
-moves all directions of the matrix alike. On the demo's networks it reaches in 300 steps what AdamW takes 1000 for.
+moves all directions of the matrix alike. After 300 steps on the stroke demo, a U-Net on the image grid has a training
+error of 0.056 with it, of 0.083 with AdamW.
 """
 
 import torch
