@@ -50,13 +50,14 @@ normalise_latents = True         # latents to mean 0, std 1 per channel over the
 aae_channels = (16, 32, 64)      # widths at full, half and quarter resolution
 aae_blocks = 1                   # residual blocks a level
 disc_channels = (32, 64)         # widths of the patch discriminator
-unet_channels = (64, 128)        # widths of the latent U-Net, one a level
+unet_channels = (48, 96)         # widths of the latent U-Net, one a level
 unet_blocks = 1                  # residual blocks a level
 unet_attention = ()              # levels with self-attention, 0 the finest (always in the middle)
-cond_channels = 96               # channels of the encoded source
-cond_width = 32                  # first width of the source encoder
+cond_channels = 64               # channels of the encoded source
+cond_width = 24                  # first width of the source encoder
 dropout = 0.0                    # in the middle of the U-Net
-detail_branch = True             # stage 3: add R(source, D(z_0_hat)), a U-Net on the image grid
+detail_branch = True             # stage 3: add R(source, D(z_0_hat)), a U-Net on the image grid; it starts as the
+                                 # regression U-Net (train_unet.py --regression True), if there is one of its widths
 detail_channels = (32, 64, 96)   # its widths, one a level
 checkpointing = False            # recompute activations in the backward pass: less memory, about a third more time
 
@@ -69,26 +70,26 @@ last_step_share = 0.15           # fraction of the training draws at t = T-1
 label_drop = 0.3                 # probability that a label is replaced by "unknown" in training
 
 # Training
-aae_steps = 200                  # optimiser steps of stage 1
-unet_steps = 200                 # of stage 2
-post_steps = 700                 # of stage 3
+aae_steps = 120                  # optimiser steps of stage 1
+unet_steps = 120                 # of stage 2
+post_steps = 200                 # of stage 3
 batch_size = 16                  # samples a step and process; lower it when memory runs out
 accumulate = 1                   # gradient accumulation: steps of batch_size / accumulate samples at a time
 optimizer = 'muon'               # muon (convolution kernels; AdamW for the rest) or adam
 lr = 1e-3                        # peak learning rate of stage 2 (warm-up, then cosine to 1 %)
 aae_lr = 1e-3                    # of stage 1 (the discriminator: a quarter)
-post_lr = 5e-4                   # of stage 3
+post_lr = 3e-4                   # of stage 3
 warmup = 50                      # steps of linear warm-up
 grad_clip = 1.0                  # largest norm of the gradient
 ema = 0.999                      # decay of the weight average, reached gradually
-eval_every = 175                 # steps between validations
-save_every = 175                 # steps between saves for resuming
+eval_every = 200                 # steps between validations
+save_every = 200                 # steps between saves for resuming
 w_adversarial = 1.0              # weight of the adversarial term against 100 x L1; 0 switches the discriminator off
-disc_start = 50                  # the discriminator trains from step 0, its loss counts from this step on
-disc_ramp = 50                   # ... and its weight rises over this many steps
+disc_start = 40                  # the discriminator trains from step 0, its loss counts from this step on
+disc_ramp = 40                   # ... and its weight rises over this many steps
 regression = False               # train_unet.py: train the baseline instead, a plain U-Net from source to target
-regression_channels = (48, 96, 192)  # its widths: about as many parameters as the three stages together
-regression_steps = 1500          # about the training time of the three stages together
+regression_channels = (32, 64, 96)  # its widths; the detail branch can start from it if it has the same
+regression_steps = 1700          # its steps
 
 # Post-training
 post_loss = 'l1'                 # l1: against the real image; lapt: LAPT's squared error against the reconstruction
@@ -97,8 +98,8 @@ w_diffusion = 0.1                # weight of the diffusion loss in stage 3
 w_image = 0.5                    # weight of the error in the brain mask
 w_lesion = 0.5                   # weight of the error in the lesion
 lesion_floor = 0.1               # post_loss l1: a lesion below this share of the mask counts by its size, not fully
-post_last_step_share = 0.9       # last_step_share of stage 3
-detail_lr_scale = 2.0            # the detail branch starts from nothing: its learning rate is post_lr times this
+post_last_step_share = 0.95      # last_step_share of stage 3
+detail_lr_scale = 1.0            # the learning rate of the detail branch is post_lr times this
 tune_decoder = True              # stage 3 also trains the decoder
 crop = None                      # 3D: decode only a crop of this many voxels around the lesion, e.g. (64, 64, 64)
 
@@ -129,15 +130,15 @@ PRESETS = {
         spacing=(4, 4, 4), image_size=(40, 48, 40), batch_size=4, eval_batch=4,
         aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
-        regression_channels=(24, 48, 96), regression_steps=900,
-        aae_steps=100, unet_steps=250, post_steps=350, eval_every=125, save_every=125, disc_start=30, disc_ramp=30),
+        regression_channels=(16, 32, 48), regression_steps=450,
+        aae_steps=100, unet_steps=150, post_steps=120, eval_every=150, save_every=150, disc_start=30, disc_ramp=30),
     # Full size, our recipe: LAPT's geometry and scale.
     'ctp2dwi': dict(
         exp='exp_ctp2dwi', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),
         aae_channels=(64, 128, 256), aae_blocks=2, disc_channels=(64, 128),
         unet_channels=(224, 448, 896), unet_attention=(1, 2),
-        cond_channels=64, cond_width=64, detail_channels=(32, 64, 128),
-        regression_channels=(64, 128, 256, 512), regression_steps=300000,
+        cond_channels=64, cond_width=64, detail_channels=(64, 128, 256),
+        regression_channels=(64, 128, 256), regression_steps=200000,
         aae_steps=100000, unet_steps=200000, post_steps=20000,
         batch_size=16, lr=1e-4, aae_lr=2e-4, post_lr=2e-5, warmup=1000, ema=0.9999, eval_every=5000, save_every=1000,
         disc_start=5000, disc_ramp=5000, shift=8),
@@ -148,7 +149,7 @@ PRESETS = {
         latent_channels=4, aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(128, 128, 256, 512), unet_attention=(3,),
         cond_channels=32, cond_width=16, detail_channels=(16, 32, 64),
-        regression_channels=(16, 32, 64, 128), regression_steps=150000,
+        regression_channels=(16, 32, 64), regression_steps=100000,
         aae_steps=50000, unet_steps=100000, post_steps=10000,
         batch_size=1, eval_batch=1, lr=1e-4, aae_lr=2e-4, post_lr=2e-5, warmup=1000, ema=0.9999,
         eval_every=5000, save_every=1000,

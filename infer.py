@@ -28,7 +28,8 @@ from model import fingerprint
 from translate import Model, Sampling, checkpoint_path, load_aae, load_model, mean_prediction, translate
 
 # What the training scripts take from here: validation is inference by construction.
-__all__ = ['Model', 'Sampling', 'load_aae', 'load_model', 'translate', 'evaluate', 'validate', 'fit_quality']
+__all__ = ['Model', 'Sampling', 'checkpoint_path', 'load_aae', 'load_model', 'translate', 'evaluate', 'validate',
+           'fit_quality']
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -100,7 +101,7 @@ def infer_split(cfg, run, model, spec, folder):
             print(note)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record, f, indent=1), 'w')
     run.barrier()
-    fits = fit_intervals(cfg, run, spec, predict)
+    fits = {} if cfg.only_model else fit_intervals(cfg, run, spec, predict)
     if run.main:  # beside the settings they were fitted with, for the subjects to come
         fitted = record | dict(intervals=fits)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(fitted, f, indent=1), 'w')
@@ -124,10 +125,11 @@ def infer_split(cfg, run, model, spec, folder):
     table = table.assign(qc=table['ID'].map(qc), num_steps=record['num_steps'], samples=cfg.samples)
 
     tables = {}
-    for name, baseline in baselines(cfg, run, model, predict).items():
+    for name, baseline in ({} if cfg.only_model else baselines(cfg, run, model, predict)).items():
         rows = evaluate(run, baseline, spec, list(table['ID']), quick=False, label=f'baseline {name}')[0]
         tables[name] = pd.DataFrame(rows)
-    groups = amyloid_status(cfg, run, spec, predict, table, volumes) if 'suvr_pred' in table else None
+    judged = 'suvr_pred' in table and not cfg.only_model
+    groups = amyloid_status(cfg, run, spec, predict, table, volumes) if judged else None
     if run.main:
         # validation_*.csv are training curves.
         name = folder / (cfg.split if cfg.split == 'test' else f'infer_{cfg.split}')
@@ -210,7 +212,7 @@ def check_sampling(cfg, model, spec):
 
 def main():
     which = 'which model: auto (post if there, else unet), post, unet or regression'
-    cfg = config.load(__doc__, extra={'stage': ('auto', which)})
+    cfg = config.load(__doc__, extra={'stage': ('auto', which), 'only_model': (False, 'no baselines, no intervals')})
     if cfg.stage not in ('auto', 'post', 'unet', 'regression'):
         raise config.SettingError(f"--stage '{cfg.stage}': {which}")
     run = utils.Run(cfg.device, cfg.precision)

@@ -22,56 +22,112 @@ def zero_init(layer):
     return layer
 
 
-class _GroupNorm(torch.autograd.Function):
-    """PyTorch's group norm with a backward pass of matrix products: on a CPU the built-in one takes four times as long.
+def _rows(x):
+    """(B, C, *S) -> (B, positions, C); a view where channels lie last in memory."""
+    return x.movedim(1, -1).reshape(len(x), -1, x.shape[1])
 
+
+def _affine(rows, a, b):
+    """rows * a + b for rows (B, positions, C), a (B or 1, C), b like a or like rows: several positions as one row."""
+    n, positions, c = rows.shape
+    fold = 1
+    while fold * c < 1024 and positions % (2 * fold) == 0:
+        fold *= 2
+    long = n, positions // fold, fold * c
+    a, b = (v.reshape(long) if v.ndim == 3 else v.to(rows.dtype).repeat(1, fold).unsqueeze(1) for v in (a, b))
+    return torch.addcmul(b, rows.reshape(long), a).view(n, positions, c)
+
+
+class _GroupNorm(torch.autograd.Function):
+    """Group norm, with a scale and shift for each channel or each sample's channels, and SiLU after it if asked.
+
+    On a CPU PyTorch's own takes several times as long: forward where a channels-last grid is small, backward always.
     dx = a dy + b x + c, with a per channel, b and c per group, from the sums over positions of dy and dy * x.
+    weight, bias: (B or 1, C) float32.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, groups, eps):
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, x.shape[0], x.shape[1], x[0, 0].numel(), groups, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.groups = groups
-        return y
+    def forward(ctx, x, weight, bias, groups, eps, silu):
+        rows = _rows(x)
+        n, positions, c = rows.shape
+        if positions <= 512:
+            exact = rows.to(torch.promote_types(x.dtype, torch.float32))
+            ones = exact.new_ones(n, 1, positions)
+            s_1, s_2 = (torch.bmm(ones, v).view(n, groups, -1).mean(2) / positions for v in (exact, exact * exact))
+            mean, rstd = s_1, ((s_2 - s_1 * s_1).clamp(min=0) + eps).rsqrt()
+            a, shift = (v[..., None].expand(n, groups, c // groups).reshape(n, c) for v in (rstd, -mean * rstd))
+            y = _affine(rows, a * weight, shift * weight + bias)
+        else:
+            shared = (weight[0], bias[0]) if len(weight) == 1 else (None, None)
+            y, mean, rstd = torch.native_group_norm(x, *shared, n, c, positions, groups, eps)
+            y = _rows(y) if len(weight) == 1 else _affine(_rows(y), weight, bias)
+        ctx.save_for_backward(rows, weight, mean, rstd, *([y] if silu else []))
+        ctx.groups, ctx.size, ctx.silu = groups, x.shape[2:], silu
+        return (F.silu(y) if silu else y).view(n, *ctx.size, c).movedim(-1, 1)
 
     @staticmethod
     def backward(ctx, dy):
-        x, weight, mean, rstd = ctx.saved_tensors
-        n, c, positions = x.shape[0], x.shape[1], x[0, 0].numel()
+        x, weight, mean, rstd, *y = ctx.saved_tensors
+        dy = torch.ops.aten.silu_backward(_rows(dy), y[0]) if ctx.silu else _rows(dy)
+        n, positions, c = x.shape
         groups, per = ctx.groups, c // ctx.groups
-        mean, rstd = (v.float().view(n, groups, 1) for v in (mean, rstd))
-        s_1, s_2 = (_sum_positions(v).view(n, groups, per) for v in (dy, dy * x))
+        mean, rstd = (v.to(weight.dtype).view(n, groups, 1) for v in (mean, rstd))
+        ones = x.new_ones(n, 1, positions)
+        s_1, s_2 = (torch.bmm(ones, v).to(weight.dtype).view(n, groups, per) for v in (dy, dy * x))
         centred = (s_2 - mean * s_1) * rstd  # sum of dy * x_hat
-        gamma = weight.float().view(1, groups, per)
-        p, q = ((gamma * v).sum(2, keepdim=True) / (per * positions) for v in (s_1, centred))
+        gamma = weight.view(-1, groups, per)
+        p, q = ((gamma * v).mean(2, keepdim=True) / positions for v in (s_1, centred))
         a, b, k = gamma * rstd, -rstd ** 2 * q, -rstd * p + rstd ** 2 * q * mean
-        a, b, k = (v.expand(n, groups, per).reshape(n, c, *[1] * (x.ndim - 2)).to(x.dtype) for v in (a, b, k))
-        return torch.addcmul(torch.addcmul(k, x, b), dy, a), centred.sum(0).flatten(), s_1.sum(0).flatten(), None, None
-
-
-def _sum_positions(x):
-    """Sum over space, (B, C, *S) -> (B, C) float32, as a product with ones where channels lie last in memory."""
-    last = x.movedim(1, -1)
-    if not last.is_contiguous():
-        return x.flatten(2).sum(2, dtype=torch.float32)
-    rows = last.reshape(len(x), -1, x.shape[1])
-    return torch.bmm(torch.ones_like(rows[:, :, :1]).transpose(1, 2), rows).float().squeeze(1)
+        a, b, k = (v.expand(n, groups, per).reshape(n, c) for v in (a, b, k))
+        dx = _affine(dy, a, _affine(x, b, k))
+        d_weight, d_bias = centred.view(n, c), s_1.view(n, c)
+        if len(weight) == 1:
+            d_weight, d_bias = d_weight.sum(0, keepdim=True), d_bias.sum(0, keepdim=True)
+        return dx.view(n, *ctx.size, c).movedim(-1, 1), d_weight, d_bias, None, None, None
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm, with the faster backward pass on a CPU."""
+    """nn.GroupNorm, faster on a CPU; then the scale and shift (B, C) of an embedding, and SiLU, if asked."""
 
-    def forward(self, x):
-        if x.device.type == 'cpu' and torch.is_grad_enabled() and x.requires_grad:
-            return _GroupNorm.apply(x, self.weight, self.bias, self.num_groups, self.eps)
-        return super().forward(x)
+    def __init__(self, groups, channels, silu=False):
+        super().__init__(groups, channels)
+        self.silu = silu
+
+    def forward(self, x, scale=None, shift=None):
+        weight, bias = self.weight[None], self.bias[None]
+        if x.device.type == 'cpu':
+            if scale is not None:
+                weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
+            return _GroupNorm.apply(x, weight, bias, self.num_groups, self.eps, self.silu)
+        y = super().forward(x)
+        if scale is not None:
+            scale, shift = (v.view(*v.shape, *[1] * (x.ndim - 2)) for v in (scale, shift))
+            y = y * (1 + scale) + shift
+        return F.silu(y) if self.silu else y
 
 
-def group_norm(channels):
+def group_norm(channels, silu=False):
     """GroupNorm with 8 channels a group or more; one group for narrow layers."""
     groups = max(g for g in range(1, 33) if channels % g == 0 and channels // g >= min(8, channels))
-    return GroupNorm(groups, channels)
+    return GroupNorm(groups, channels, silu)
+
+
+class PlainBlock(nn.Module):
+    """x + conv(relu(conv(x))), without norms: for full resolution, where a norm takes as long as a convolution."""
+
+    def __init__(self, dims, channels):
+        super().__init__()
+        self.conv_1, self.conv_2 = conv(dims, channels, channels), zero_init(conv(dims, channels, channels))
+
+    recompute = False
+
+    def forward(self, x):
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._block, x, use_reentrant=False)
+        return self._block(x)
+
+    def _block(self, x):
+        return x + self.conv_2(F.relu(self.conv_1(x)))
 
 
 class ResBlock(nn.Module):
@@ -79,8 +135,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, dims, c_in, c_out, emb=0):
         super().__init__()
-        self.norm_1, self.conv_1 = group_norm(c_in), conv(dims, c_in, c_out)
-        self.norm_2, self.conv_2 = group_norm(c_out), zero_init(conv(dims, c_out, c_out))
+        self.norm_1, self.conv_1 = group_norm(c_in, silu=True), conv(dims, c_in, c_out)
+        self.norm_2, self.conv_2 = group_norm(c_out, silu=True), zero_init(conv(dims, c_out, c_out))
         self.skip = nn.Identity() if c_in == c_out else conv(dims, c_in, c_out, kernel=1)
         self.modulate = zero_init(nn.Linear(emb, 2 * c_out)) if emb else None
 
@@ -92,17 +148,14 @@ class ResBlock(nn.Module):
         return self._block(x, emb)
 
     def _block(self, x, emb):
-        h = self.norm_2(self.conv_1(F.silu(self.norm_1(x))))
-        if self.modulate is not None:
-            scale, shift = self.modulate(emb).view(len(x), -1, *[1] * (x.ndim - 2)).chunk(2, dim=1)
-            h = h * (1 + scale) + shift
-        return self.skip(x) + self.conv_2(F.silu(h))
+        scale_shift = () if self.modulate is None else self.modulate(emb).chunk(2, dim=1)
+        return self.skip(x) + self.conv_2(self.norm_2(self.conv_1(self.norm_1(x)), *scale_shift))
 
 
 def recompute_blocks(net, on):
     """Switch gradient checkpointing of a network's residual blocks on or off."""
     for module in net.modules():
-        if isinstance(module, ResBlock):
+        if isinstance(module, (ResBlock, PlainBlock)):
             module.recompute = on
 
 
@@ -118,8 +171,11 @@ class Attention(nn.Module):
     def forward(self, x):
         b, c = x.shape[:2]
         q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, -1).transpose(-1, -2).unbind(1)
-        h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())  # (B, heads, positions, c)
-        return x + self.proj(h.transpose(-1, -2).reshape(x.shape))
+        if x.device.type == 'cpu' and q.shape[2] <= 512:  # measured faster there
+            h = (q @ k.mT / math.sqrt(q.shape[3])).softmax(-1) @ v
+        else:
+            h = F.scaled_dot_product_attention(q.contiguous(), k.contiguous(), v.contiguous())
+        return x + self.proj(h.transpose(-1, -2).reshape(x.shape))  # h (B, heads, positions, c)
 
 
 def upsample(x, size):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from layers import Attention, ResBlock, SourceWhitening, conv, group_norm, upsample, zero_init
+from layers import Attention, PlainBlock, ResBlock, SourceWhitening, conv, group_norm, upsample, zero_init
 
 # ------------------------------------------------------------------------------------------------------------------
 # Stage 1: the adversarial autoencoder.
@@ -36,7 +36,7 @@ class Encoder(nn.Module):
         self.layers = nn.Sequential(
             conv(dims, image_channels, w_1, kernel=5, stride=2), *[ResBlock(dims, w_1, w_1) for _ in range(blocks)],
             conv(dims, w_1, w_2, stride=2), *[ResBlock(dims, w_2, w_2) for _ in range(blocks)],
-            group_norm(w_2), nn.SiLU(), zero_init(conv(dims, w_2, latent_channels)))
+            group_norm(w_2, silu=True), zero_init(conv(dims, w_2, latent_channels)))
         self.shortcut = (nn.Conv2d if dims == 2 else nn.Conv3d)(image_channels, latent_channels, 4, stride=4)
         nn.init.orthogonal_(self.shortcut.weight)
 
@@ -53,8 +53,8 @@ class Decoder(nn.Module):
         self.layers = nn.Sequential(
             conv(dims, latent_channels, w_2), *[ResBlock(dims, w_2, w_2) for _ in range(blocks + 1)],
             nn.Upsample(scale_factor=2), conv(dims, w_2, w_1), *[ResBlock(dims, w_1, w_1) for _ in range(blocks)],
-            nn.Upsample(scale_factor=2), conv(dims, w_1, w_0), *[ResBlock(dims, w_0, w_0) for _ in range(blocks)],
-            group_norm(w_0), nn.SiLU(), zero_init(conv(dims, w_0, image_channels)))
+            nn.Upsample(scale_factor=2), conv(dims, w_1, w_0), *[PlainBlock(dims, w_0) for _ in range(blocks)],
+            nn.ReLU(), zero_init(conv(dims, w_0, image_channels)))
         transposed = nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d
         self.shortcut = transposed(latent_channels, image_channels, 4, stride=4)
         nn.init.orthogonal_(self.shortcut.weight)
@@ -154,8 +154,8 @@ class SourceEncoder(nn.Module):
         self.whiten = SourceWhitening(dims, source_channels)
         self.layers = nn.Sequential(
             conv(dims, source_channels, width, kernel=5, stride=2), ResBlock(dims, width, width),
-            group_norm(width), nn.SiLU(), conv(dims, width, 2 * width, stride=2), ResBlock(dims, 2 * width, 2 * width),
-            group_norm(2 * width), nn.SiLU(), conv(dims, 2 * width, cond_channels))
+            group_norm(width, silu=True), conv(dims, width, 2 * width, stride=2), ResBlock(dims, 2 * width, 2 * width),
+            group_norm(2 * width, silu=True), conv(dims, 2 * width, cond_channels))
 
     def forward(self, source):
         return self.layers(self.whiten(source))
@@ -169,6 +169,7 @@ class UNet(nn.Module):
         t      (B,)           time steps, 0 the least noise
         source (B, C, *4s)    source image; or cond (B, cond_channels, *s) = encode_source(source), computed once
         label  (B,)           0..num_classes-1, or num_classes for "unknown" (a learned embedding); None: all unknown
+    With features=True it returns (output, features), what the detail branch takes: (B, feature_channels, *s).
     """
 
     def __init__(self, spatial_dims, latent_channels, source_channels, widths=(64, 128), blocks=2, attention=(1,),
@@ -180,6 +181,7 @@ class UNet(nn.Module):
                          num_classes=num_classes, dropout=dropout)
         dims, emb = spatial_dims, 4 * widths[0]
         self.num_classes, self.checkpointing, self.emb_dim = num_classes, checkpointing, widths[0] - widths[0] % 2
+        self.feature_channels = cond_channels + widths[0]
         self.encode_source = SourceEncoder(dims, source_channels, cond_channels, cond_width)
         self.time = nn.Sequential(nn.Linear(self.emb_dim, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label = nn.Embedding(num_classes + 1, emb) if num_classes else None
@@ -209,7 +211,7 @@ class UNet(nn.Module):
             if i:
                 self.up.append(nn.ModuleList([conv(dims, c, c)]))
         self.dropout = nn.Dropout(dropout)
-        self.out = nn.Sequential(group_norm(c), nn.SiLU(), zero_init(conv(dims, c, latent_channels)))
+        self.out = nn.Sequential(group_norm(c, silu=True), zero_init(conv(dims, c, latent_channels)))
 
     def _run(self, level, x, emb):
         """One level's layers; recomputed in the backward pass when `checkpointing` (gradient checkpointing) is on."""
@@ -221,7 +223,7 @@ class UNet(nn.Module):
             return checkpoint(layers, x, emb, use_reentrant=False)
         return layers(x, emb)
 
-    def forward(self, z_t, t, source=None, label=None, cond=None):
+    def forward(self, z_t, t, source=None, label=None, cond=None, features=False):
         emb = self.time(timestep_embedding(t, self.emb_dim))
         if self.label is not None:
             emb = emb + self.label(torch.full_like(t, self.num_classes) if label is None else label)
@@ -240,45 +242,51 @@ class UNet(nn.Module):
             else:
                 x = upsample(x, skips[-1].shape[2:])
             x = self._run(level, x, emb)
-        return self.out(x)
+        return (self.out(x), torch.cat([cond, x], dim=1)) if features else self.out(x)
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # The image grid: the detail branch of stage 3 and the regression baseline.
 
 class PixelUNet(nn.Module):
-    """A plain U-Net on the image grid: source (B, C, *S) [and an image (B, K, *S)] -> (B, K, *S). It starts at zero.
+    """A plain U-Net on the image grid: source (B, C, *S) [and an image (B, K, *S)] -> (B, K, *S).
 
-    As the detail branch (with_image) it takes the decoded prediction beside the source, and at a quarter of the size
-    the latent U-Net's view of the source, cond (B, cond_channels, *S/4); it returns what the latent space lost:
-    pred = D(z_0_hat) + R(source, D(z_0_hat), cond). As the regression baseline it takes the source alone.
+    As the regression baseline it takes the source alone, and starts at zero. As the detail branch (with_image) it takes
+    the decoded prediction beside it, and at a quarter of the size the latent U-Net's features (B, feature_channels,
+    *S/4); it gives back what the latent space lost, pred = g D(z_0_hat) + R(source, D(z_0_hat), features), and starts
+    as D(z_0_hat): g (one number a target) at 1 and R at zero.
     """
 
     def __init__(self, spatial_dims, source_channels, image_channels, with_image, widths=(32, 64, 96), blocks=1,
-                 cond_channels=0):
+                 feature_channels=0):
         super().__init__()
         self.args = dict(spatial_dims=spatial_dims, source_channels=source_channels, image_channels=image_channels,
-                         with_image=with_image, widths=list(widths), blocks=blocks, cond_channels=cond_channels)
+                         with_image=with_image, widths=list(widths), blocks=blocks, feature_channels=feature_channels)
         dims = spatial_dims
         self.whiten = SourceWhitening(dims, source_channels)
+        self.share = nn.Parameter(torch.ones(image_channels)) if with_image else None  # g
         self.conv_in = conv(dims, source_channels + image_channels * with_image, widths[0])
         self.down, self.shrink, self.grow, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for i, w in enumerate(widths):
-            self.down.append(nn.Sequential(*[ResBlock(dims, w, w) for _ in range(blocks)]))
+            self.down.append(nn.Sequential(*self.level(dims, i, w, blocks)))
             if i < len(widths) - 1:
                 self.shrink.append(conv(dims, w, widths[i + 1], stride=2))
                 self.grow.append(conv(dims, widths[i + 1], w, kernel=1))
-                self.up.append(nn.Sequential(conv(dims, 2 * w, w), *[ResBlock(dims, w, w) for _ in range(blocks)]))
+                self.up.append(nn.Sequential(conv(dims, 2 * w, w), *self.level(dims, i, w, blocks)))
         self.join_at = min(2, len(widths) - 1)  # the level at a quarter of the size, or the coarsest
-        self.join = conv(dims, cond_channels, widths[self.join_at], kernel=1) if cond_channels else None
-        self.out = nn.Sequential(group_norm(widths[0]), nn.SiLU(), zero_init(conv(dims, widths[0], image_channels)))
+        self.join = conv(dims, feature_channels, widths[self.join_at], kernel=1) if feature_channels else None
+        self.out = nn.Sequential(nn.ReLU(), zero_init(conv(dims, widths[0], image_channels)))
 
-    def forward(self, source, image=None, cond=None):
+    @staticmethod
+    def level(dims, i, w, blocks):
+        return [ResBlock(dims, w, w) if i else PlainBlock(dims, w) for _ in range(blocks)]
+
+    def forward(self, source, image=None, features=None):
         x = self.whiten(source)
         x, skips = self.conv_in(x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)), []
         for i, block in enumerate(self.down):
             if i == self.join_at and self.join is not None:
-                x = x + upsample(self.join(cond), x.shape[2:])
+                x = x + upsample(self.join(features), x.shape[2:])
             x = block(x)
             if i < len(self.shrink):
                 skips.append(x)
@@ -286,7 +294,17 @@ class PixelUNet(nn.Module):
         for i in reversed(range(len(self.up))):
             x = upsample(self.grow[i](x), skips[i].shape[2:])
             x = self.up[i](torch.cat([x, skips[i]], dim=1))
-        return self.out(x)
+        return self.out(x) if image is None else self.out(x) + self.share.view(-1, *[1] * (image.ndim - 2)) * image
+
+    @torch.no_grad()
+    def start_from(self, regression):
+        """Start the detail branch as a regression baseline of its widths: g and what that one has not begin at zero."""
+        theirs = dict(regression.named_parameters())
+        for name, p in self.named_parameters():
+            if name == 'conv_in.weight':
+                p.zero_()[:, :theirs[name].shape[1]] = theirs[name]
+            else:
+                p.copy_(theirs[name]) if name in theirs else p.zero_()
 
 
 def fingerprint(net):

@@ -44,6 +44,17 @@ class Block(nn.Module):
         return self.skip(x) + self.conv_2(self.act_2(h))
 
 
+class PlainPair(nn.Module):
+    """Two convolutions without norms."""
+
+    def __init__(self, dims, c):
+        super().__init__()
+        self.layers = nn.Sequential(conv(dims, c, c), nn.ReLU(), conv(dims, c, c))
+
+    def forward(self, x):
+        return x + self.layers(x)
+
+
 class PlainAttention(nn.Module):
     """Self-attention with heads of 32 channels, as matrix products and a softmax."""
 
@@ -73,8 +84,8 @@ class PlainAAE(nn.Module):
         self.decoder = nn.Sequential(
             conv(dims, latent_channels, w_2), *[Block(dims, w_2, w_2) for _ in range(blocks + 1)],
             up(), conv(dims, w_2, w_1), *[Block(dims, w_1, w_1) for _ in range(blocks)],
-            up(), conv(dims, w_1, w_0), *[Block(dims, w_0, w_0) for _ in range(blocks)],
-            norm(w_0), nn.SiLU(), conv(dims, w_0, image_channels))
+            up(), conv(dims, w_1, w_0), *[PlainPair(dims, w_0) for _ in range(blocks)],
+            nn.ReLU(), conv(dims, w_0, image_channels))
         self.shrink = (nn.Conv2d if dims == 2 else nn.Conv3d)(image_channels, latent_channels, 4, 4)
         self.grow = (nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d)(latent_channels, image_channels, 4, 4)
 

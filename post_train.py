@@ -21,7 +21,7 @@ import losses
 import metrics
 import optim
 import utils
-from infer import Model, Sampling, load_model, translate, validate
+from infer import Model, Sampling, checkpoint_path, load_model, translate, validate
 from layers import recompute_blocks
 from model import PixelUNet, count_parameters, fingerprint
 from stage import Stage
@@ -110,10 +110,17 @@ def main():
     utils.seed_everything(cfg.seed, 'post weights')
     if cfg.detail_branch:
         model.detail = run.place(PixelUNet(spec.spatial_dims, cohort.source_channels, cohort.target_channels, True,
-                                           cfg.detail_channels,
-                                           cond_channels=model.unet.args['cond_channels']))
-        some = run.to_device(cohort.some())
-        model.detail.whiten.start_from(some['source'], some['mask'])
+                                           cfg.detail_channels, feature_channels=model.unet.feature_channels))
+        regression = checkpoint_path(cfg, 'regression')
+        regression = load_model(cfg, run, 'regression').regression if regression.exists() else None
+        same = ('spatial_dims', 'source_channels', 'image_channels', 'widths', 'blocks')
+        if regression and all(regression.args[name] == model.detail.args[name] for name in same):
+            model.detail.start_from(regression)
+            origin = 'as the regression U-Net'
+        else:
+            some = run.to_device(cohort.some())
+            model.detail.whiten.start_from(some['source'], some['mask'])
+            origin = 'at zero'
     trained = torch.nn.ModuleDict({'unet': model.unet})
     if cfg.tune_decoder:
         trained['decoder'] = model.aae.decoder.requires_grad_(True)
@@ -132,6 +139,8 @@ def main():
     if not stage.resume(cfg.post_steps, TERMS, metrics.QUICK, len(cohort),
                         trained=trained, opt=opt, ema=ema, scaler=run.scaler):
         return
+    if cfg.detail_branch and stage.step == 0:
+        stage.log(f'the detail branch starts {origin}')
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
     current, how, diffusion = averaged(model, ema.net), Sampling.of(cfg), model.diffusion
 
@@ -173,15 +182,14 @@ def main():
         arrays = (z_0, t, eps, batch['source'], label, goal, batch['mask'], batch['lesion'])
         for z, tt, e, source, y, target, mask, lesion in zip(*[x.chunk(cfg.accumulate) for x in arrays], strict=True):
             with run.autocast():
-                cond = model.unet.encode_source(source)
-                loss, z_0_hat = diffusion.loss(model.unet, z, tt, e, cond=cond, label=y)
+                loss, z_0_hat, features = estimate(model, z, tt, e, source, y)
                 part = {}
                 if cfg.crop and spec.spatial_dims == 3:  # decode only a part: memory
                     starts, weight = draw_crops(lesion, mask if cfg.post_loss == 'l1' else mask >= 0, cfg.crop)
                     part = dict(weight=weight, voxels=(losses.count(mask), losses.count(lesion)))
-                    z_0_hat, cond = (cut(x, starts, cfg.crop, factor=4) for x in (z_0_hat, cond))
+                    z_0_hat, features = (cut(x, starts, cfg.crop, factor=4) for x in (z_0_hat, features))
                     source, target, mask, lesion = (cut(x, starts, cfg.crop) for x in (source, target, mask, lesion))
-                pred = model.decode(z_0_hat, source, cond).float()
+                pred = model.decode(z_0_hat, source, features).float()
             e_mask, e_lesion = losses.post_training_error(pred, target, mask, lesion, cfg.post_loss, cfg.lesion_floor,
                                                           **part)
             lam = lambda_of(tt, diffusion.timesteps, cfg.lambda_t)
@@ -196,6 +204,18 @@ def main():
         total = cfg.w_diffusion * terms['diffusion'] + cfg.w_image * terms['image'] + cfg.w_lesion * terms['lesion']
         stage.record(step, lr, lambda batch=batch: cohort.names(batch), loss=total, **terms, grad_norm=norm)
     stage.close()
+
+
+def estimate(model, z_0, t, eps, source, label):
+    """The diffusion loss (B,), the estimate z_0_hat it was made with, and the U-Net's features."""
+    features = []
+
+    def net(z_t, t):
+        out, more = model.unet(z_t, t, source=source, label=label, features=True)
+        features.append(more)
+        return out
+
+    return *model.diffusion.loss(net, z_0, t, eps), features[0]
 
 
 def averaged(model, nets):

@@ -30,6 +30,7 @@ from diffusion import Diffusion
 from model import AAE, PixelUNet, UNet
 from translate import Model, Sampling, translate
 
+LATER = '--disc_start', '0', '--disc_ramp', '1'
 SCRIPTS = dict(aae=train_aae, unet=train_unet, post=post_train, regression=train_unet)
 
 
@@ -136,6 +137,8 @@ class TimedStage:
     def describe(self, text):
         self.text = text
 
+    log = describe
+
     def resume(self, steps, terms, metrics, epoch_steps, **parts):
         nets = [parts[k] for k in ('aae', 'disc', 'unet', 'trained', 'net') if k in parts]
         self.parameters = sum(p.numel() for net in nets for p in net.parameters())
@@ -178,8 +181,8 @@ def made_cohort(folder, count):
 
 
 def settings(preset, words=()):
-    """Settings of a preset for one row; the adversarial loss counts from the first step, as it does later on."""
-    return config.load('', ['--preset', preset, '--disc_start', '0', '--disc_ramp', '1', *words])
+    """Settings of a preset for one row: from the first step on as it is later, adversarial loss and all learning."""
+    return config.load('', ['--preset', preset, *LATER, *words])
 
 
 def networks(run, cfg):
@@ -191,7 +194,7 @@ def networks(run, cfg):
                        cfg.checkpointing))
     diffusion = Diffusion(cfg.predict, cfg.schedule, cfg.timesteps, cfg.loss_weight, cfg.last_step_share)
     detail = place(PixelUNet(cfg.spatial_dims, *channels, True, cfg.detail_channels,
-                             cond_channels=cfg.cond_channels)) if cfg.detail_branch else None
+                             feature_channels=unet.feature_channels)) if cfg.detail_branch else None
     return Model(aae.eval().requires_grad_(False), unet, diffusion.to(run.device), detail, prep={})
 
 
@@ -210,8 +213,7 @@ def train_step(stage, preset, words=(), swap=None, **how):
     """Time the training steps of a stage's own script. swap: names in its module to replace, e.g. {'AAE': PlainAAE}."""
     module, timing = SCRIPTS[stage], TimedStage(how)
     cfg = settings(preset, words)
-    flags = ['--disc_start', '0', '--disc_ramp', '1'] if '--disc_start' not in words else []
-    argv = [f'{stage}.py', '--preset', preset, *flags, *words] + ['--regression', 'True'] * (stage == 'regression')
+    argv = [f'{stage}.py', '--preset', preset, *LATER, *words] + ['--regression', 'True'] * (stage == 'regression')
     batches, sampling = dataset.loader, ['--sampler', 'ddim'] if cfg.predict == 'eps' else []
 
     def load_aae(cfg, run):

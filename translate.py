@@ -29,10 +29,10 @@ class Model:
     stage: str = 'aae'       # aae, unet, post or regression
     origin: str = ''         # which checkpoint, for people
 
-    def decode(self, z_0, source, cond):
-        """Latents (B, c, *s), source (B, C, *S) -> images (B, K, *S): D(z_0) [+ R(source, D(z_0))]."""
+    def decode(self, z_0, source, features):
+        """Latents (B, c, *s), source (B, C, *S), the U-Net's features -> images (B, K, *S): D(z_0), or g D(z_0) + R."""
         pred = self.aae.decode(z_0)
-        return pred if self.detail is None else pred + self.detail(source, pred, cond)
+        return pred if self.detail is None else self.detail(source, pred, features)
 
     def eval(self):
         for net in (self.aae, self.unet, self.detail, self.regression):
@@ -140,22 +140,27 @@ def translate(run, model, source, key, how, label=None):
                 preds.append(model.regression(chunk).float().cpu())
                 continue
             cond = model.unet.encode_source(chunk)
-            latents = [_sample_latents(model, chunk, cond, key, k, how, label) for k in range(how.samples)]
-            preds.append(model.decode(torch.stack(latents).mean(0), chunk, cond).float().cpu())
+            samples = [_sample_latents(model, chunk, cond, key, k, how, label) for k in range(how.samples)]
+            z_0, features = (torch.stack(parts).mean(0) for parts in zip(*samples, strict=True))
+            preds.append(model.decode(z_0, chunk, features).float().cpu())
             if how.samples > 1:
-                stds.append(torch.stack([model.decode(z, chunk, cond).float() for z in latents]).std(0).cpu())
+                stds.append(torch.stack([model.decode(z, chunk, h).float() for z, h in samples]).std(0).cpu())
     return torch.cat(preds).numpy(), torch.cat(stds).numpy() if stds else None
 
 
 def _sample_latents(model, source, cond, key, k, how, label):
-    """One latent for each item of a batch of slices (or volumes) of the same subject."""
+    """(z_0, the U-Net's features in the last step) of each item of a batch of slices (or volumes) of one subject."""
     n, unet = len(source), model.unet
     shape = (model.aae.args['latent_channels'], *[s // model.aae.factor for s in source.shape[2:]])
     draw = starting_noise((how.seed, key), shape, k, source.device)
     labels = None if label is None else torch.full((n,), label, device=source.device)
 
+    features = None
+
     def net(z_t, t):
-        out = unet(z_t, t, cond=cond, label=labels).float()
+        nonlocal features
+        out, features = unet(z_t, t, cond=cond, label=labels, features=True)
+        out = out.float()
         if how.guidance != 1 and labels is not None:
             unknown = unet(z_t, t, cond=cond).float()
             out = unknown + how.guidance * (out - unknown)
@@ -165,7 +170,7 @@ def _sample_latents(model, source, cond, key, k, how, label):
         return draw().expand_as(z)
 
     z_T = draw().expand(n, *shape)
-    return sample(model.diffusion, net, z_T, how.sampler, how.num_steps, noise)
+    return sample(model.diffusion, net, z_T, how.sampler, how.num_steps, noise), features
 
 
 def mean_prediction(mean_image, subject):

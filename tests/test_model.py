@@ -85,28 +85,35 @@ def test_as_many_latents_as_voxels_in_a_block_lose_nothing():
 # ------------------------------------------------------------------------------------------------------------------
 # Group norm
 
-@pytest.mark.parametrize('shape', [(2, 32, 6, 7), (3, 24, 5, 4, 3), (2, 8, 1, 1)])
+@pytest.mark.parametrize('shape', [(2, 32, 6, 7), (3, 24, 5, 4, 3), (2, 8, 1, 1), (2, 16, 24, 32)])  # the last: large
 @pytest.mark.parametrize('channels_last', [False, True])
-def test_group_norm_has_torchs_gradient(shape, channels_last):
+@pytest.mark.parametrize('silu', [False, True])
+@pytest.mark.parametrize('embedded', [False, True])
+def test_group_norm_is_torchs_with_its_gradient(shape, channels_last, silu, embedded):
     torch.manual_seed(0)
     x = 2 * torch.randn(shape, dtype=torch.float64) + 1
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
-    mine = layers.group_norm(shape[1]).double()
+    mine = layers.group_norm(shape[1], silu).double()
     nn.init.normal_(mine.weight)
     nn.init.normal_(mine.bias)
-    theirs = nn.GroupNorm(mine.num_groups, shape[1]).double()
-    theirs.load_state_dict(mine.state_dict())
+    more = torch.randn(2, *shape[:2], dtype=torch.float64) if embedded else torch.zeros(0)
     goal = torch.randn_like(x)
+
+    def theirs(x, scale=None, shift=None):
+        y = nn.functional.group_norm(x, mine.num_groups, mine.weight, mine.bias, mine.eps)
+        if scale is not None:
+            scale, shift = (v.view(*v.shape, *[1] * (x.ndim - 2)) for v in (scale, shift))
+            y = y * (1 + scale) + shift
+        return nn.functional.silu(y) if silu else y
+
     grads = []
     for norm in (mine, theirs):
-        leaf = x.clone().requires_grad_()
-        y = norm(leaf)
-        grads.append((y, *torch.autograd.grad(y, [leaf, norm.weight, norm.bias], goal)))
+        leaves = [v.clone().requires_grad_() for v in (x, *more)]
+        y = norm(*leaves)
+        grads.append((y, *torch.autograd.grad(y, [*leaves, mine.weight, mine.bias], goal)))
     for a, b in zip(*grads, strict=True):
-        # Its sums are float32 by design, also for float64 input.
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
-    assert layers._GroupNorm is not None and isinstance(mine, layers.GroupNorm)
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 def test_group_norm_without_gradient_and_in_bf16():
@@ -194,7 +201,8 @@ def test_pixel_unet_starts_at_zero_and_then_uses_all_it_is_given(dims, with_imag
     source = torch.randn(2, 5, *SIZES[dims])
     images = (torch.randn(2, 2, *SIZES[dims]),) if with_image else ()
     out = net(source, *images)
-    assert out.shape == (2, 2, *SIZES[dims]) and float(out.abs().max()) == 0
+    assert out.shape == (2, 2, *SIZES[dims])
+    assert torch.equal(out, images[0] if with_image else torch.zeros_like(out))  # it starts as the prediction, or at 0
     out.mean().backward()
     assert float(net.out[-1].bias.grad.abs().max()) > 0  # zero, yet it learns
     out = awake(net)(source, *images)
@@ -206,11 +214,26 @@ def test_pixel_unet_starts_at_zero_and_then_uses_all_it_is_given(dims, with_imag
 @pytest.mark.parametrize('dims', [2, 3])
 @pytest.mark.parametrize('widths', [(8,), (8, 16), (8, 16, 24), (8, 16, 24, 32)])
 def test_pixel_unet_uses_the_source_features_whatever_its_levels(dims, widths):
-    net = awake(PixelUNet(dims, 5, 2, True, widths, cond_channels=6))
+    net = awake(PixelUNet(dims, 5, 2, True, widths, feature_channels=6))
     source, image = torch.randn(2, 5, *SIZES[dims]), torch.randn(2, 2, *SIZES[dims])
     cond = torch.randn(2, 6, *[n // 4 for n in SIZES[dims]])
     out = net(source, image, cond)
     assert out.shape == image.shape and float((net(source, image, -cond) - out).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize('dims', [2, 3])
+def test_detail_branch_started_as_a_regression_gives_its_image_and_learns_the_rest(dims):
+    regression = awake(PixelUNet(dims, 5, 2, False, (8, 16)))
+    detail = awake(PixelUNet(dims, 5, 2, True, (8, 16), feature_channels=6), seed=1)
+    detail.start_from(regression)
+    source, image = torch.randn(2, 5, *SIZES[dims]), torch.randn(2, 2, *SIZES[dims], requires_grad=True)
+    features = torch.randn(2, 6, *[n // 4 for n in SIZES[dims]])
+    out = detail(source, image, features)
+    torch.testing.assert_close(out, regression(source), rtol=1e-5, atol=1e-5)
+    out.square().mean().backward()
+    for weight in (detail.share, detail.join.weight, detail.conv_in.weight[:, 5:]):
+        grad = weight.grad if weight.is_leaf else detail.conv_in.weight.grad[:, 5:]
+        assert float(weight.detach().abs().max()) == 0 and float(grad.abs().max()) > 0
 
 
 @pytest.mark.parametrize('dims, channels', [(2, 6), (3, 1)])
@@ -243,7 +266,8 @@ def build(cfg):
         disc=Discriminator(dims, targets, cfg.disc_channels),
         unet=UNet(dims, cfg.latent_channels, frames, cfg.unet_channels, cfg.unet_blocks, cfg.unet_attention,
                   cfg.cond_channels, cfg.cond_width, cfg.num_classes, cfg.dropout, cfg.checkpointing),
-        detail=PixelUNet(dims, frames, targets, True, cfg.detail_channels, cond_channels=cfg.cond_channels),
+        detail=PixelUNet(dims, frames, targets, True, cfg.detail_channels,
+                         feature_channels=cfg.cond_channels + cfg.unet_channels[0]),
         regression=PixelUNet(dims, frames, targets, False, cfg.regression_channels))
 
 
@@ -256,11 +280,12 @@ def test_networks_of_every_preset(preset):
         image = torch.empty(1, len(cfg.targets), *cfg.image_size)
         source = torch.empty(1, cfg.frames or 1, *cfg.image_size)
         z = nets['aae'].encode(image)
-        out = nets['unet'](z, torch.zeros(1, dtype=torch.long), source=source)
+        out, features = nets['unet'](z, torch.zeros(1, dtype=torch.long), source=source, features=True)
+        assert features.shape[1] == nets['unet'].feature_channels
         pred = nets['aae'].decode(out)
         assert z.shape == out.shape == (1, cfg.latent_channels, *[n // 4 for n in cfg.image_size])
-        cond = nets['unet'].encode_source(source)
-        assert pred.shape == nets['detail'](source, pred, cond).shape == nets['regression'](source).shape == image.shape
+        detail = nets['detail'](source, pred, features)
+        assert pred.shape == detail.shape == nets['regression'](source).shape == image.shape
         assert nets['disc'](pred).shape[1] == 1
     counts = {name: count_parameters(net) for name, net in nets.items()}
     print(preset, *[f'{name} {n:,}' for name, n in counts.items()])
@@ -269,7 +294,7 @@ def test_networks_of_every_preset(preset):
     assert low < counts['unet'] < high
     assert 1e5 < counts['aae'] < (2e7 if full else 5e6)
     assert counts['disc'] < counts['aae']
-    assert 1e5 < counts['detail'] < 1e7 and 5e5 < counts['regression'] < 1e8
+    assert 1e5 < counts['detail'] < 1e7 and 2e5 < counts['regression'] < 1e8
 
 
 @pytest.mark.slow
@@ -282,10 +307,9 @@ def test_full_size_2d_networks_take_a_training_step():
     before = nets['unet'].out[-1].weight.detach().clone()
     params = [p for name in ('aae', 'unet', 'detail') for p in nets[name].parameters()]
     z = nets['aae'].encode(image)
-    cond = nets['unet'].encode_source(source)
-    out = nets['unet'](z, torch.tensor([500]), cond=cond)
+    out, features = nets['unet'](z, torch.tensor([500]), source=source, features=True)
     pred = nets['aae'].decode(out + z)
-    loss = (pred + nets['detail'](source, pred, cond) - image).square().mean() - nets['disc'](pred).mean()
+    loss = (pred + nets['detail'](source, pred, features) - image).square().mean() - nets['disc'](pred).mean()
     loss.backward()
     torch.optim.SGD(params, lr=0.1).step()
     assert float((nets['unet'].out[-1].weight - before).abs().max()) > 0

@@ -25,6 +25,15 @@ def test_orthogonalise_brings_the_singular_values_near_one_and_keeps_the_singula
     assert torch.allclose(optim.orthogonalise(1e-4 * g), out, atol=1e-2)   # the scale of the gradient does not matter
 
 
+@pytest.mark.parametrize('shape', [(3, 24, 60), (2, 60, 24), (1, 32, 32)])
+def test_orthogonalise_is_the_newton_schulz_iteration(shape):
+    g = torch.randn(shape)
+    x = g.double() / g.double().norm(dim=(1, 2), keepdim=True)
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * x @ x.mT @ x + 2.0315 * x @ x.mT @ x @ x.mT @ x
+    assert torch.allclose(optim.orthogonalise(g).double(), x, atol=1e-4)
+
+
 @pytest.mark.parametrize('shape', [(20, 50), (50, 20)])
 def test_muon_is_pytorchs_muon_for_matrices(shape):
     torch.manual_seed(0)
@@ -38,7 +47,7 @@ def test_muon_is_pytorchs_muon_for_matrices(shape):
         a.step()
         b.step()
     moved = (theirs - start).norm()
-    assert moved > 0.1 and (ours - theirs).norm() < 0.01 * moved  # both iterate in bf16
+    assert moved > 0.1 and (ours - theirs).norm() < 0.02 * moved  # theirs iterates in bf16, ours not on a CPU
 
 
 def test_a_kernel_counts_as_the_matrix_of_its_outputs_whatever_its_memory_format():

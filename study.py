@@ -1,0 +1,320 @@
+"""
+Does it work? The two papers' claims on phantoms with known truth, each with its control, and the rivals.
+
+python study.py                   trains and evaluates what is not done yet, then writes docs/RESULTS.md
+python study.py --only stroke/    runs whose name contains this
+python study.py --list            what there is, and what is done
+python study.py --tables          only the tables, from the figures under docs/study
+
+A run is done when the figures of each test subject lie under docs/study; they are small and stay with the code. Two
+processes at once are no harm: each takes what nobody has begun. The test sets are phantoms of other seeds, the second
+of another kind (`phantom.py --kind shifted`); nothing was ever chosen by either.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+import metrics
+import status
+from stage import git_state, lock
+from utils import RunError, cli, write_atomic
+
+FIGURES = Path('docs/study')
+SETS = {'test': ('--seed', '2'), 'shifted': ('--seed', '3', '--kind', 'shifted')}
+SUBJECTS = {'stroke': (200, 60), 'amyloid': (192, 100)}  # phantoms for training and validation, and of each test set
+TASKS = {'stroke': 'ctp2dwi', 'amyloid': 'mri2pet'}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The runs. Steps are set so that the recipes of one table take about the same CPU seconds; the tables state them.
+
+@dataclass
+class Trial:
+    """One training (or none: only another way to sample), and how its networks are evaluated."""
+    name: str                                       # task/name
+    stages: dict = field(default_factory=dict)      # script -> words for it, in this order
+    start: str = ''                                 # the trial whose stages it goes on from
+    infer: tuple = ()                               # words for infer.py
+    seeds: tuple = (0,)
+    sets: tuple = ('test',)
+    about: str = ''
+
+    task = property(lambda self: self.name.split('/')[0])
+
+    def exp(self, seed):
+        return f"study_{self.name.replace('/', '_')}_{seed}"
+
+    def file(self, seed, group):
+        return FIGURES / f"{self.name.replace('/', '_')}-{group}-{seed}.csv"
+
+
+def words(text):
+    return tuple(text.split())
+
+
+AAE, UNET, POST = 'train_aae.py', 'train_unet.py', 'post_train.py'
+LAPT = words('--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam')
+LAPT_POST = words('--post_loss lapt --lambda_t linear --w_diffusion 1 --w_image 0.01 --w_lesion 0.02 --flip False '
+                  '--shift 0 --post_last_step_share 0 --tune_decoder False --detail_branch False --optimizer adam')
+ILCLDM = words('--predict eps --schedule linear --normalise_latents False --last_step_share 0 --latent_channels 1 '
+               '--label_drop 0 --optimizer adam')
+DDIM = words('--sampler ddim --num_steps 50')
+BOTH = ('test', 'shifted')
+
+TRIALS = [
+    Trial('stroke/ours', {AAE: (), UNET: (), POST: ()}, seeds=(0, 1, 2), sets=BOTH, about='the demo\'s settings'),
+    Trial('stroke/stage2', start='stroke/ours', infer=('--stage', 'unet'), seeds=(0, 1, 2), sets=BOTH,
+          about='its network before post-training'),
+    Trial('stroke/control', {POST: words('--w_image 0 --w_lesion 0')}, 'stroke/ours', seeds=(0, 1, 2), sets=BOTH,
+          about='as many steps of stage 3 with w_image = w_lesion = 0'),
+    Trial('stroke/regression', {UNET: words('--regression True --regression_steps 2900')}, 'stroke/ours',
+          ('--stage', 'regression'), (0, 1, 2), BOTH, 'regression U-Net on the image grid, the same lesion weight'),
+    Trial('stroke/regression_plain', {UNET: words('--regression True --regression_steps 2900 --w_lesion 0')},
+          'stroke/ours', ('--stage', 'regression'), (0, 1, 2), BOTH, 'the same without a lesion weight'),
+    Trial('stroke/image_only', {POST: words('--w_image 1 --w_lesion 0')}, 'stroke/ours', about='no lesion weight'),
+    Trial('stroke/ddim50', start='stroke/ours', infer=DDIM, about='50 DDIM steps'),
+    Trial('stroke/ddim10', start='stroke/ours', infer=words('--sampler ddim --num_steps 10'), about='10 DDIM steps'),
+    Trial('stroke/ddim2', start='stroke/ours', infer=words('--sampler ddim --num_steps 2'), about='2 DDIM steps'),
+    Trial('stroke/samples4', start='stroke/ours', infer=words('--samples 4'), about='one step, mean of 4 latents'),
+    Trial('stroke/frozen_decoder', {POST: words('--tune_decoder False')}, 'stroke/ours', about='decoder not tuned'),
+    Trial('stroke/no_detail', {POST: words('--detail_branch False')}, 'stroke/ours', about='no detail branch'),
+    Trial('stroke/lapt_loss', {POST: words('--post_loss lapt --w_image 0.01 --w_lesion 0.02 --w_diffusion 1')},
+          'stroke/ours', about="LAPT's loss in place of L1"),
+    Trial('stroke/weight_1', {POST: words('--w_image 0.5 --w_lesion 1')}, 'stroke/ours', about='w_lesion 1'),
+    Trial('stroke/weight_02', {POST: words('--w_image 0.5 --w_lesion 0.2')}, 'stroke/ours', about='w_lesion 0.2'),
+    Trial('stroke/latent_regression', {UNET: words('--last_step_share 1 --unet_steps 2500')}, 'stroke/ours',
+          ('--stage', 'unet'), about='regression of the latent: stage 2 at t = T-1 only'),
+    Trial('stroke/lapt', {AAE: (*LAPT, '--aae_steps', '300'), UNET: (*LAPT, *DDIM, '--unet_steps', '1200'),
+                          POST: (*LAPT_POST, *DDIM, '--post_steps', '400', '--post_lr', '1e-4')}, infer=DDIM,
+          about="LAPT's recipe at the demo's size"),
+
+    Trial('amyloid/ours', {AAE: (), UNET: (), POST: ()}, seeds=(0, 1, 2), sets=BOTH, about='the demo\'s settings'),
+    Trial('amyloid/stage2', start='amyloid/ours', infer=('--stage', 'unet'), about='its network before post-training'),
+    Trial('amyloid/no_label', {UNET: words('--num_classes 0'), POST: words('--num_classes 0')}, 'amyloid/ours',
+          seeds=(0, 1, 2), about='labels never read'),
+    Trial('amyloid/never_dropped', {UNET: words('--label_drop 0'), POST: words('--label_drop 0')}, 'amyloid/ours',
+          seeds=(0, 1, 2), about="IL-CLDM's way: never dropped in training, absent at sampling"),
+    Trial('amyloid/label_given', start='amyloid/ours', infer=words('--label true'), seeds=(0, 1, 2),
+          about='the true label given at inference'),
+    Trial('amyloid/guidance2', start='amyloid/ours', infer=words('--label true --guidance 2'),
+          about='the true label given, guidance 2'),
+    Trial('amyloid/regression', {UNET: words('--regression True --regression_steps 900')}, 'amyloid/ours',
+          ('--stage', 'regression'), (0, 1, 2), BOTH, 'regression U-Net on the image grid, the same weights'),
+    Trial('amyloid/control', {POST: words('--w_image 0 --w_lesion 0')}, 'amyloid/ours',
+          about='stage 3 with w_image = w_lesion = 0'),
+    Trial('amyloid/ddim50', start='amyloid/ours', infer=DDIM, about='50 DDIM steps'),
+    Trial('amyloid/il_cldm', {AAE: ILCLDM, UNET: (*ILCLDM, *DDIM, '--unet_steps', '600')}, infer=DDIM,
+          about="IL-CLDM's recipe at the demo's size, 50 DDIM steps"),
+]
+BY_NAME = {trial.name: trial for trial in TRIALS}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Doing them
+
+def script(*command):
+    """Run one of our scripts; RunError with its last line if it fails. Returns the CPU seconds it took."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RunError(f"{' '.join(command)}: {(done.stdout.strip().splitlines() or ['failed'])[-1]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def data(task, group=None):
+    """The phantoms of a task, made if they are not there: words that name them. group: a test set, or None."""
+    folder, count = f"data/study_{task}_{group or 'train'}", SUBJECTS[task][bool(group)]
+    more = (*SETS[group], '--split', '0.02,0.02,0.96') if group else ('--seed', '1')
+    with_lock = lock(Path(folder).with_suffix('.making'))
+    script('phantom.py', '--task', TASKS[task], '--out', folder, '--subjects', str(count), *more)
+    with_lock.close()
+    return '--preset', f'{TASKS[task]}_demo', '--data_root', folder, '--data_info', f'{folder}/data_info'
+
+
+def perform(trial, seed):
+    """Train a trial (resuming what was begun), evaluate it, keep the figures and what it cost."""
+    exp, began, cpu = trial.exp(seed), time.time(), 0.0
+    source = ('--init_from', BY_NAME[trial.start].exp(seed)) if trial.start else ()
+    common = ('--exp', exp, '--seed', str(seed), *source)
+    for name, more in trial.stages.items():
+        cpu += script(name, *data(trial.task), *common, *more)
+    for group in trial.sets:
+        if not trial.file(seed, group).exists():
+            script('infer.py', *data(trial.task, group), *common, *trial.infer, '--only_model')
+            table = pd.read_csv(f'result/{exp}/test.csv').drop(columns=['qc', 'num_steps', 'samples'])
+            write_atomic(trial.file(seed, group), lambda f, t=table: t.to_csv(f, index=False, float_format='%.5g'), 'w')
+    facts = dict(name=trial.name, seed=seed, training_cpu_seconds=round(cpu), commit=git_state()[:12],
+                 minutes=round((time.time() - began) / 60, 1), stages={k: ' '.join(v) for k, v in trial.stages.items()},
+                 infer=' '.join(trial.infer))
+    path = FIGURES / f"{trial.name.replace('/', '_')}-{seed}.json"
+    write_atomic(path, lambda f: json.dump(facts, f, indent=1), 'w')
+
+
+def is_done(trial, seed):
+    return all(trial.file(seed, group).exists() for group in trial.sets)
+
+
+def work(trials):
+    """Perform all that is not done, first seeds first; a trial that another process is at, or that needs one, waits."""
+    for seed in range(3):
+        for trial in trials:
+            if seed not in trial.seeds or is_done(trial, seed):
+                continue
+            if trial.start and not is_done(BY_NAME[trial.start], seed):
+                print(f'{trial.name}, seed {seed}: waits for {trial.start}', flush=True)
+                continue
+            try:
+                held = lock(Path('result') / f'{trial.exp(seed)}.study')
+            except RunError:
+                print(f'{trial.name}, seed {seed}: another process is at it', flush=True)
+                continue
+            print(f'{trial.name}, seed {seed}: {trial.about}', flush=True)
+            began = time.time()
+            try:
+                perform(trial, seed)
+                print(f'    done, {(time.time() - began) / 60:.1f} minutes', flush=True)
+            except RunError as error:
+                print(f'    failed: {error}', flush=True)
+            held.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The tables
+
+COLUMNS = {
+    'stroke': dict(dwi_psnr='DWI PSNR, dB', adc_psnr='ADC PSNR, dB', dwi_ms_ssim='DWI MS-SSIM', lesion_mae='lesion MAE',
+                   lesion_contrast_error='contrast error', lesion_dice_2ml='Dice above 2 ml',
+                   lesion_detected='detected', false_lesion_ml='false lesion, ml', lesion_rim_mae='rim MAE',
+                   seconds='s a subject'),
+    'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error', seconds='s a subject')}
+TABLES = [
+    ('Lesion-aware post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/image_only'], BOTH),
+    ('Loss, weights, decoder', 'stroke/ours', ['stroke/weight_02', 'stroke/weight_1', 'stroke/image_only',
+                                               'stroke/lapt_loss', 'stroke/frozen_decoder', 'stroke/no_detail'],
+     ('test',)),
+    ('Label conditioning', 'amyloid/ours', ['amyloid/no_label', 'amyloid/never_dropped', 'amyloid/label_given',
+                                            'amyloid/guidance2'], ('test',)),
+    ('Sampling, stroke', 'stroke/ours', ['stroke/ddim2', 'stroke/ddim10', 'stroke/ddim50', 'stroke/samples4'],
+     ('test',)),
+    ('Recipes, stroke', 'stroke/ours', ['stroke/regression', 'stroke/regression_plain', 'stroke/latent_regression',
+                                        'stroke/lapt'], BOTH),
+    ('Recipes, amyloid', 'amyloid/ours', ['amyloid/stage2', 'amyloid/control', 'amyloid/regression', 'amyloid/ddim50',
+                                          'amyloid/il_cldm'], BOTH),
+]
+
+
+def subjects(trial, group):
+    """A trial's figures on a test set, seeds averaged for each subject -> (table or None, number of seeds)."""
+    files = [trial.file(seed, group) for seed in trial.seeds if trial.file(seed, group).exists()]
+    tables = [pd.read_csv(f, dtype={'ID': str}) for f in files]
+    if not tables:
+        return None, 0
+    for table in tables:
+        if 'suvr_error' in table:
+            table['suvr_error_abs'] = table['suvr_error'].abs()
+    return pd.concat(tables).groupby('ID', sort=True).mean().reset_index(), len(files)
+
+
+def auc_cell(table):
+    """AUC of the synthetic composite SUVR for the true PET's status, with its interval."""
+    positive = (table['suvr_true'] > status.TRUE_THRESHOLD).astype(int)
+    found = status.classify(table['suvr_pred'], positive, table['suvr_pred'], positive)
+    return f"{found['auc']:.2f} ({found['auc_ci_low']:.2f} .. {found['auc_ci_high']:.2f})"
+
+
+def table_lines(title, reference, others, group):
+    """One table in Markdown: mean and 95 % interval over subjects; * where Holm's p against the first line < 0.05."""
+    trials = [BY_NAME[name] for name in (reference, *others)]
+    known = {t.name: subjects(t, group) for t in trials}
+    known = {name: pair for name, pair in known.items() if pair[0] is not None}
+    if reference not in known or len(known) < 2:
+        return []
+    task = BY_NAME[reference].task
+    columns, base = COLUMNS[task], known[reference][0]
+    keep = ['ID', *[c for c in columns if c != 'seconds']]
+    tests = metrics.summarise(base[keep], {n: t[keep] for n, (t, _) in known.items() if n != reference}, 0)
+    tests = tests.set_index('metric')
+    extra = ['AUC'] if task == 'amyloid' else []
+    lines = [f'**{title}**, {len(base)} subjects of the set "{group}"', '',
+             '| | seeds | CPU s | ' + ' | '.join([*columns.values(), *extra]) + ' |',
+             '| --- |' + ' --- |' * (2 + len(columns) + len(extra))]
+    for name, (table, seeds) in known.items():
+        cells = []
+        for column in columns:
+            values = table[column].dropna().to_numpy()
+            low, high = metrics.bootstrap_ci(values, 0)
+            if column == 'seconds':
+                cells.append(f'{values.mean():.3g}')
+                continue
+            star = '*' if name != reference and tests[f'{name}_p_holm'][column] < 0.05 else ''
+            cells.append(f'{short(values.mean())}{star} ({short(low)} .. {short(high)})')
+        cells += [auc_cell(table)] if extra else []
+        about = BY_NAME[name].about
+        first = f'**ours**: {about}' if name == reference else about
+        lines.append(f'| {first} | {seeds} | {cpu_seconds(BY_NAME[name])} | ' + ' | '.join(cells) + ' |')
+    return [*lines, '']
+
+
+def short(value):
+    return f'{value:.1f}' if abs(value) >= 10 else f'{value:.2f}' if abs(value) >= 0.5 else f'{value:.3f}'
+
+
+def cpu_seconds(trial):
+    """CPU seconds of training, all stages, first seed; a trial that begins from another's stages adds theirs."""
+    path = FIGURES / f"{trial.name.replace('/', '_')}-{trial.seeds[0]}.json"
+    if not trial.stages or not path.exists():
+        return ''
+    return f"{json.loads(path.read_text())['training_cpu_seconds']}" + ('+' if trial.start else '')
+
+
+def write_results():
+    """docs/RESULTS.md: the tables between the markers are written anew, what stands outside them stays."""
+    lines = []
+    for title, reference, others, groups in TABLES:
+        for group in groups:
+            lines += table_lines(title, reference, others, group)
+    path = Path('docs/RESULTS.md')
+    begin, end = '<!-- tables: written by study.py -->', '<!-- end of the tables -->'
+    old = path.read_text(encoding='utf-8') if path.exists() else f'# Results\n\n{begin}\n{end}\n'
+    head, rest = old.split(begin)
+    tail = rest.split(end)[1]
+    note = ('Mean over subjects, seeds averaged for each subject first, and 95 % bootstrap interval; * differs from '
+            'ours (paired Wilcoxon, Holm over the table, p < 0.05). CPU s: process seconds of training on one core; '
+            '"+" comes on top of the stages it starts from. Made by `python study.py`.')
+    text = '\n'.join([f'{head}{begin}', '', note, '', *lines, f'{end}{tail}'])
+    write_atomic(path, lambda f: f.write(text), 'w')
+    print(f'{path} written')
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--only', default='', help='runs whose name contains this')
+    parser.add_argument('--list', action='store_true', help='what there is, and what is done')
+    parser.add_argument('--tables', action='store_true', help='only write the tables')
+    args = parser.parse_args()
+    os.chdir(Path(__file__).parent)
+    trials = [trial for trial in TRIALS if args.only in trial.name]
+    if not trials:
+        raise RunError(f"no run has '{args.only}' in its name; --list shows them")
+    if args.list:
+        for trial in trials:
+            seeds = [f'{s}: {"done" if is_done(trial, s) else "to do"}' for s in trial.seeds]
+            print(f'{trial.name:26} {trial.about}; seed {", ".join(seeds)}')
+        return
+    if not args.tables:
+        work(trials)
+    write_results()
+
+
+if __name__ == '__main__':
+    cli(main)
