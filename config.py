@@ -72,18 +72,18 @@ label_drop = 0.3                 # probability that a label is replaced by "unkn
 # Training
 aae_steps = 120                  # optimiser steps of stage 1
 unet_steps = 120                 # of stage 2
-post_steps = 200                 # of stage 3
+post_steps = 300                 # of stage 3
 batch_size = 16                  # samples a step and process; lower it when memory runs out
 accumulate = 1                   # gradient accumulation: steps of batch_size / accumulate samples at a time
 optimizer = 'muon'               # muon (convolution kernels; AdamW for the rest) or adam
 lr = 1e-3                        # peak learning rate of stage 2 (warm-up, then cosine to 1 %)
 aae_lr = 1e-3                    # of stage 1 (the discriminator: a quarter)
-post_lr = 3e-4                   # of stage 3
+post_lr = 5e-4                   # of stage 3
 warmup = 50                      # steps of linear warm-up
 grad_clip = 1.0                  # largest norm of the gradient
 ema = 0.999                      # decay of the weight average, reached gradually
-eval_every = 200                 # steps between validations
-save_every = 200                 # steps between saves for resuming
+eval_every = 150                 # steps between validations
+save_every = 150                 # steps between saves for resuming
 w_adversarial = 1.0              # weight of the adversarial term against 100 x L1; 0 switches the discriminator off
 disc_start = 40                  # the discriminator trains from step 0, its loss counts from this step on
 disc_ramp = 40                   # ... and its weight rises over this many steps
@@ -131,7 +131,7 @@ PRESETS = {
         aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
         regression_channels=(16, 32, 48), regression_steps=450,
-        aae_steps=100, unet_steps=150, post_steps=120, eval_every=150, save_every=150, disc_start=30, disc_ramp=30),
+        aae_steps=100, unet_steps=150, post_steps=150, eval_every=150, save_every=150, disc_start=30, disc_ramp=30),
     # Full size, our recipe: LAPT's geometry and scale.
     'ctp2dwi': dict(
         exp='exp_ctp2dwi', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),

@@ -54,7 +54,7 @@ if [ "$task" = mri2pet ]; then subjects=192; fi    # one volume a subject, where
 stage phantom phantom.py --task "$task" --out "$data" --subjects "${SUBJECTS:-$subjects}" --seed 1
 stage train_aae train_aae.py --preset "$preset" "$@"
 stage train_unet train_unet.py --preset "$preset" "$@"
-stage regression train_unet.py --regression True --preset "$preset" "$@"
+stage regression train_unet.py --regression True --w_lesion 0 --preset "$preset" "$@"
 stage post_train post_train.py --preset "$preset" "$@"
 stage infer infer.py --preset "$preset" --split test "$@"
 stage plot plot.py --preset "$preset" "$@"

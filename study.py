@@ -18,7 +18,7 @@ import resource
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -41,79 +41,84 @@ TASKS = {'stroke': 'ctp2dwi', 'amyloid': 'mri2pet'}
 class Trial:
     """One training (or none: only another way to sample), and how its networks are evaluated."""
     name: str                                       # task/name
-    stages: dict = field(default_factory=dict)      # script -> words for it, in this order
-    start: str = ''                                 # the trial whose stages it goes on from
-    infer: tuple = ()                               # words for infer.py
+    about: str
+    stages: tuple = ()                              # commands: script and words
+    start: str = ''                                 # the trial whose other stages it takes
+    infer: str = ''                                 # words for infer.py
     seeds: tuple = (0,)
     sets: tuple = ('test',)
-    about: str = ''
 
     task = property(lambda self: self.name.split('/')[0])
+    label = property(lambda self: self.name.replace('/', '_'))
 
     def exp(self, seed):
-        return f"study_{self.name.replace('/', '_')}_{seed}"
+        return f'study_{self.label}_{seed}'
 
     def file(self, seed, group):
-        return FIGURES / f"{self.name.replace('/', '_')}-{group}-{seed}.csv"
+        return FIGURES / f'{self.label}-{group}-{seed}.csv'
 
-
-def words(text):
-    return tuple(text.split())
+    def facts(self, seed):
+        return FIGURES / f'{self.label}-{seed}.json'
 
 
 AAE, UNET, POST = 'train_aae.py', 'train_unet.py', 'post_train.py'
-LAPT = words('--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam')
-LAPT_POST = words('--post_loss lapt --lambda_t linear --w_diffusion 1 --w_image 0.01 --w_lesion 0.02 --flip False '
-                  '--shift 0 --post_last_step_share 0 --tune_decoder False --detail_branch False --optimizer adam')
-ILCLDM = words('--predict eps --schedule linear --normalise_latents False --last_step_share 0 --latent_channels 1 '
-               '--label_drop 0 --optimizer adam')
-DDIM = words('--sampler ddim --num_steps 50')
-BOTH = ('test', 'shifted')
+REGRESSION = f'{UNET} --regression True'
+ALL, BOTH, THREE = (AAE, UNET, f'{REGRESSION} --w_lesion 0', POST), ('test', 'shifted'), (0, 1, 2)
+LATENT = f'{POST} --detail_branch False'
+LAPT_LOSS = '--post_loss lapt --w_diffusion 1 --w_image 0.01 --w_lesion 0.02'
+LAPT = '--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam'
+ILCLDM = ('--predict eps --schedule linear --normalise_latents False --last_step_share 0 --latent_channels 1 '
+          '--label_drop 0 --optimizer adam')
+DDIM = '--sampler ddim --num_steps 50'
 
 TRIALS = [
-    Trial('stroke/ours', {AAE: (), UNET: (), POST: ()}, seeds=(0, 1, 2), sets=BOTH, about='the demo\'s settings'),
-    Trial('stroke/stage2', start='stroke/ours', infer=('--stage', 'unet'), seeds=(0, 1, 2), sets=BOTH,
-          about='its network before post-training'),
-    Trial('stroke/control', {POST: words('--w_image 0 --w_lesion 0')}, 'stroke/ours', seeds=(0, 1, 2), sets=BOTH,
-          about='as many steps of stage 3 with w_image = w_lesion = 0'),
-    Trial('stroke/regression', {UNET: words('--regression True --regression_steps 2900')}, 'stroke/ours',
-          ('--stage', 'regression'), (0, 1, 2), BOTH, 'regression U-Net on the image grid, the same lesion weight'),
-    Trial('stroke/regression_plain', {UNET: words('--regression True --regression_steps 2900 --w_lesion 0')},
-          'stroke/ours', ('--stage', 'regression'), (0, 1, 2), BOTH, 'the same without a lesion weight'),
-    Trial('stroke/image_only', {POST: words('--w_image 1 --w_lesion 0')}, 'stroke/ours', about='no lesion weight'),
-    Trial('stroke/ddim50', start='stroke/ours', infer=DDIM, about='50 DDIM steps'),
-    Trial('stroke/ddim10', start='stroke/ours', infer=words('--sampler ddim --num_steps 10'), about='10 DDIM steps'),
-    Trial('stroke/ddim2', start='stroke/ours', infer=words('--sampler ddim --num_steps 2'), about='2 DDIM steps'),
-    Trial('stroke/samples4', start='stroke/ours', infer=words('--samples 4'), about='one step, mean of 4 latents'),
-    Trial('stroke/frozen_decoder', {POST: words('--tune_decoder False')}, 'stroke/ours', about='decoder not tuned'),
-    Trial('stroke/no_detail', {POST: words('--detail_branch False')}, 'stroke/ours', about='no detail branch'),
-    Trial('stroke/lapt_loss', {POST: words('--post_loss lapt --w_image 0.01 --w_lesion 0.02 --w_diffusion 1')},
-          'stroke/ours', about="LAPT's loss in place of L1"),
-    Trial('stroke/weight_1', {POST: words('--w_image 0.5 --w_lesion 1')}, 'stroke/ours', about='w_lesion 1'),
-    Trial('stroke/weight_02', {POST: words('--w_image 0.5 --w_lesion 0.2')}, 'stroke/ours', about='w_lesion 0.2'),
-    Trial('stroke/latent_regression', {UNET: words('--last_step_share 1 --unet_steps 2500')}, 'stroke/ours',
-          ('--stage', 'unet'), about='regression of the latent: stage 2 at t = T-1 only'),
-    Trial('stroke/lapt', {AAE: (*LAPT, '--aae_steps', '300'), UNET: (*LAPT, *DDIM, '--unet_steps', '1200'),
-                          POST: (*LAPT_POST, *DDIM, '--post_steps', '400', '--post_lr', '1e-4')}, infer=DDIM,
-          about="LAPT's recipe at the demo's size"),
+    # Stroke. The rivals have the time of all of our stages.
+    Trial('stroke/ours', "the demo's settings", ALL, seeds=THREE, sets=BOTH),
+    Trial('stroke/regression', 'regression U-Net on the image grid, the same lesion weight, equal time',
+          (f'{REGRESSION} --regression_steps 2600',), 'stroke/ours', '--stage regression', THREE, BOTH),
+    Trial('stroke/control', 'latent network trained on as long with w_image = w_lesion = 0',
+          (f'{LATENT} --w_image 0 --w_lesion 0',), 'stroke/ours', seeds=THREE, sets=BOTH),
+    Trial('stroke/stage2', 'the latent network before post-training', (), 'stroke/ours', '--stage unet', THREE, BOTH),
+    Trial('stroke/no_detail', 'post-training without detail branch', (LATENT,), 'stroke/ours'),
+    Trial('stroke/regression_plain', 'the same without lesion weight',
+          (f'{REGRESSION} --regression_steps 2600 --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, BOTH),
+    Trial('stroke/lapt_loss', "without detail branch, LAPT's loss and weights", (f'{LATENT} {LAPT_LOSS}',),
+          'stroke/ours'),
+    Trial('stroke/ddim50', '50 DDIM steps', (), 'stroke/ours', DDIM),
+    Trial('stroke/samples4', 'one step, mean of 4 latents', (), 'stroke/ours', '--samples 4'),
+    Trial('stroke/ddim2', '2 DDIM steps', (), 'stroke/ours', '--sampler ddim --num_steps 2'),
+    Trial('stroke/ddim10', '10 DDIM steps', (), 'stroke/ours', '--sampler ddim --num_steps 10'),
+    Trial('stroke/frozen_decoder', 'without detail branch, decoder not tuned', (f'{LATENT} --tune_decoder False',),
+          'stroke/ours'),
+    Trial('stroke/no_detail_weight_2', 'without detail branch, w_lesion 2', (f'{LATENT} --w_lesion 2',), 'stroke/ours'),
+    Trial('stroke/no_detail_weight_0', 'without detail branch, w_lesion 0', (f'{LATENT} --w_lesion 0',), 'stroke/ours'),
+    Trial('stroke/weight_02', 'w_lesion 0.2', (f'{POST} --w_lesion 0.2',), 'stroke/ours'),
+    Trial('stroke/weight_1', 'w_lesion 1', (f'{POST} --w_lesion 1',), 'stroke/ours'),
+    Trial('stroke/from_zero', 'detail branch from zero, all of its time for post-training',
+          (f'{POST} --detail_channels (32,64) --post_lr 1e-3 --post_steps 800',), 'stroke/ours'),
+    Trial('stroke/latent_regression', 'regression of the latent: stage 2 at t = T-1 only, equal time',
+          (f'{UNET} --last_step_share 1 --unet_steps 2000',), 'stroke/ours', '--stage unet'),
+    Trial('stroke/lapt', "LAPT's recipe at the demo's size, 50 DDIM steps, equal time",
+          (f'{AAE} {LAPT} {DDIM} --aae_steps 300', f'{UNET} {LAPT} {DDIM} --unet_steps 1200',
+           f'{POST} {LAPT_LOSS} {DDIM} --lambda_t linear --flip False --shift 0 --post_last_step_share 0 '
+           '--tune_decoder False --detail_branch False --optimizer adam --post_steps 300 --post_lr 1e-4'), '', DDIM),
 
-    Trial('amyloid/ours', {AAE: (), UNET: (), POST: ()}, seeds=(0, 1, 2), sets=BOTH, about='the demo\'s settings'),
-    Trial('amyloid/stage2', start='amyloid/ours', infer=('--stage', 'unet'), about='its network before post-training'),
-    Trial('amyloid/no_label', {UNET: words('--num_classes 0'), POST: words('--num_classes 0')}, 'amyloid/ours',
-          seeds=(0, 1, 2), about='labels never read'),
-    Trial('amyloid/never_dropped', {UNET: words('--label_drop 0'), POST: words('--label_drop 0')}, 'amyloid/ours',
-          seeds=(0, 1, 2), about="IL-CLDM's way: never dropped in training, absent at sampling"),
-    Trial('amyloid/label_given', start='amyloid/ours', infer=words('--label true'), seeds=(0, 1, 2),
-          about='the true label given at inference'),
-    Trial('amyloid/guidance2', start='amyloid/ours', infer=words('--label true --guidance 2'),
-          about='the true label given, guidance 2'),
-    Trial('amyloid/regression', {UNET: words('--regression True --regression_steps 900')}, 'amyloid/ours',
-          ('--stage', 'regression'), (0, 1, 2), BOTH, 'regression U-Net on the image grid, the same weights'),
-    Trial('amyloid/control', {POST: words('--w_image 0 --w_lesion 0')}, 'amyloid/ours',
-          about='stage 3 with w_image = w_lesion = 0'),
-    Trial('amyloid/ddim50', start='amyloid/ours', infer=DDIM, about='50 DDIM steps'),
-    Trial('amyloid/il_cldm', {AAE: ILCLDM, UNET: (*ILCLDM, *DDIM, '--unet_steps', '600')}, infer=DDIM,
-          about="IL-CLDM's recipe at the demo's size, 50 DDIM steps"),
+    # Amyloid.
+    Trial('amyloid/ours', "the demo's settings", ALL, seeds=THREE, sets=BOTH),
+    Trial('amyloid/regression', 'regression U-Net on the image grid, the same weights, equal time',
+          (f'{REGRESSION} --regression_steps 900',), 'amyloid/ours', '--stage regression', THREE, BOTH),
+    Trial('amyloid/no_label', 'labels never read', (f'{UNET} --num_classes 0', f'{POST} --num_classes 0'),
+          'amyloid/ours', seeds=THREE),
+    Trial('amyloid/never_dropped', "IL-CLDM's way: label never dropped in training, absent at sampling",
+          (f'{UNET} --label_drop 0', f'{POST} --label_drop 0'), 'amyloid/ours', seeds=THREE),
+    Trial('amyloid/stage2', 'its latent network before post-training', (), 'amyloid/ours', '--stage unet'),
+    Trial('amyloid/label_given', 'the true label given at inference', (), 'amyloid/ours', '--label true', THREE),
+    Trial('amyloid/guidance2', 'the true label given, guidance 2', (), 'amyloid/ours', '--label true --guidance 2'),
+    Trial('amyloid/control', 'latent network trained on with w_image = w_lesion = 0',
+          (f'{LATENT} --w_image 0 --w_lesion 0',), 'amyloid/ours'),
+    Trial('amyloid/ddim50', '50 DDIM steps', (), 'amyloid/ours', DDIM),
+    Trial('amyloid/il_cldm', "IL-CLDM's recipe at the demo's size, 50 DDIM steps",
+          (f'{AAE} {ILCLDM} {DDIM}', f'{UNET} {ILCLDM} {DDIM} --unet_steps 700'), '', DDIM),
 ]
 BY_NAME = {trial.name: trial for trial in TRIALS}
 
@@ -124,9 +129,11 @@ BY_NAME = {trial.name: trial for trial in TRIALS}
 def script(*command):
     """Run one of our scripts; RunError with its last line if it fails. Returns the CPU seconds it took."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = str(Path(__file__).with_name(command[0])), *command[1:]
     done = subprocess.run([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise RunError(f"{' '.join(command)}: {(done.stdout.strip().splitlines() or ['failed'])[-1]}")
+        said = (done.stdout.strip().splitlines() or ['failed'])[-1]
+        raise RunError(f"{' '.join([Path(command[0]).name, *command[1:]])}: {said}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -135,9 +142,14 @@ def data(task, group=None):
     """The phantoms of a task, made if they are not there: words that name them. group: a test set, or None."""
     folder, count = f"data/study_{task}_{group or 'train'}", SUBJECTS[task][bool(group)]
     more = (*SETS[group], '--split', '0.02,0.02,0.96') if group else ('--seed', '1')
-    with_lock = lock(Path(folder).with_suffix('.making'))
+    making = None
+    while making is None:
+        try:
+            making = lock(Path('result') / f'{Path(folder).name}.phantoms')
+        except RunError:  # another process makes them
+            time.sleep(2)
     script('phantom.py', '--task', TASKS[task], '--out', folder, '--subjects', str(count), *more)
-    with_lock.close()
+    making.close()
     return '--preset', f'{TASKS[task]}_demo', '--data_root', folder, '--data_info', f'{folder}/data_info'
 
 
@@ -146,18 +158,18 @@ def perform(trial, seed):
     exp, began, cpu = trial.exp(seed), time.time(), 0.0
     source = ('--init_from', BY_NAME[trial.start].exp(seed)) if trial.start else ()
     common = ('--exp', exp, '--seed', str(seed), *source)
-    for name, more in trial.stages.items():
+    for command in trial.stages:
+        name, *more = command.split()
         cpu += script(name, *data(trial.task), *common, *more)
     for group in trial.sets:
         if not trial.file(seed, group).exists():
-            script('infer.py', *data(trial.task, group), *common, *trial.infer, '--only_model')
+            script('infer.py', *data(trial.task, group), *common, *trial.infer.split(), '--only_model')
             table = pd.read_csv(f'result/{exp}/test.csv').drop(columns=['qc', 'num_steps', 'samples'])
             write_atomic(trial.file(seed, group), lambda f, t=table: t.to_csv(f, index=False, float_format='%.5g'), 'w')
     facts = dict(name=trial.name, seed=seed, training_cpu_seconds=round(cpu), commit=git_state()[:12],
-                 minutes=round((time.time() - began) / 60, 1), stages={k: ' '.join(v) for k, v in trial.stages.items()},
-                 infer=' '.join(trial.infer))
-    path = FIGURES / f"{trial.name.replace('/', '_')}-{seed}.json"
-    write_atomic(path, lambda f: json.dump(facts, f, indent=1), 'w')
+                 minutes=round((time.time() - began) / 60, 1), stages=trial.stages,
+                 infer=trial.infer)
+    write_atomic(trial.facts(seed), lambda f: json.dump(facts, f, indent=1), 'w')
 
 
 def is_done(trial, seed):
@@ -198,16 +210,17 @@ COLUMNS = {
                    seconds='s a subject'),
     'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error', seconds='s a subject')}
 TABLES = [
-    ('Lesion-aware post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/image_only'], BOTH),
-    ('Loss, weights, decoder', 'stroke/ours', ['stroke/weight_02', 'stroke/weight_1', 'stroke/image_only',
-                                               'stroke/lapt_loss', 'stroke/frozen_decoder', 'stroke/no_detail'],
+    ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/no_detail'], BOTH),
+    ('Lesion weight', 'stroke/ours', ['stroke/weight_02', 'stroke/weight_1'], ('test',)),
+    ('Loss, weights, decoder, without detail branch', 'stroke/no_detail',
+     ['stroke/no_detail_weight_0', 'stroke/no_detail_weight_2', 'stroke/lapt_loss', 'stroke/frozen_decoder'],
+     ('test',)),
+    ('Recipes, stroke', 'stroke/ours', ['stroke/regression', 'stroke/regression_plain', 'stroke/from_zero',
+                                        'stroke/latent_regression', 'stroke/lapt'], BOTH),
+    ('Sampling, stroke', 'stroke/ours', ['stroke/ddim2', 'stroke/ddim10', 'stroke/ddim50', 'stroke/samples4'],
      ('test',)),
     ('Label conditioning', 'amyloid/ours', ['amyloid/no_label', 'amyloid/never_dropped', 'amyloid/label_given',
                                             'amyloid/guidance2'], ('test',)),
-    ('Sampling, stroke', 'stroke/ours', ['stroke/ddim2', 'stroke/ddim10', 'stroke/ddim50', 'stroke/samples4'],
-     ('test',)),
-    ('Recipes, stroke', 'stroke/ours', ['stroke/regression', 'stroke/regression_plain', 'stroke/latent_regression',
-                                        'stroke/lapt'], BOTH),
     ('Recipes, amyloid', 'amyloid/ours', ['amyloid/stage2', 'amyloid/control', 'amyloid/regression', 'amyloid/ddim50',
                                           'amyloid/il_cldm'], BOTH),
 ]
@@ -260,7 +273,7 @@ def table_lines(title, reference, others, group):
             cells.append(f'{short(values.mean())}{star} ({short(low)} .. {short(high)})')
         cells += [auc_cell(table)] if extra else []
         about = BY_NAME[name].about
-        first = f'**ours**: {about}' if name == reference else about
+        first = f'**{about}**' if name == reference else about
         lines.append(f'| {first} | {seeds} | {cpu_seconds(BY_NAME[name])} | ' + ' | '.join(cells) + ' |')
     return [*lines, '']
 
@@ -271,7 +284,7 @@ def short(value):
 
 def cpu_seconds(trial):
     """CPU seconds of training, all stages, first seed; a trial that begins from another's stages adds theirs."""
-    path = FIGURES / f"{trial.name.replace('/', '_')}-{trial.seeds[0]}.json"
+    path = trial.facts(trial.seeds[0])
     if not trial.stages or not path.exists():
         return ''
     return f"{json.loads(path.read_text())['training_cpu_seconds']}" + ('+' if trial.start else '')
@@ -288,9 +301,9 @@ def write_results():
     old = path.read_text(encoding='utf-8') if path.exists() else f'# Results\n\n{begin}\n{end}\n'
     head, rest = old.split(begin)
     tail = rest.split(end)[1]
-    note = ('Mean over subjects, seeds averaged for each subject first, and 95 % bootstrap interval; * differs from '
-            'ours (paired Wilcoxon, Holm over the table, p < 0.05). CPU s: process seconds of training on one core; '
-            '"+" comes on top of the stages it starts from. Made by `python study.py`.')
+    note = ('Mean over subjects, seeds averaged for each subject first, and 95 % bootstrap interval; * differs '
+            'from the first line (paired Wilcoxon, Holm over the table, p < 0.05). CPU s: process seconds of '
+            'training on one core; "+" comes on top of the stages it starts from. Made by `python study.py`.')
     text = '\n'.join([f'{head}{begin}', '', note, '', *lines, f'{end}{tail}'])
     write_atomic(path, lambda f: f.write(text), 'w')
     print(f'{path} written')

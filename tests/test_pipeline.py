@@ -28,7 +28,7 @@ TASKS = dict(
         phantom=('--subjects', '16', '--spacing', '8,8,8'), targets=('suvr',), exp='exp_mri2pet_demo',
         words=('--preset', 'mri2pet_demo', *COMMON, '--image_size', '(20, 24, 20)', '--aae_channels', '(8, 12, 16)',
                '--latent_channels', '8', '--unet_channels', '(16, 32)', '--cond_channels', '16', '--cond_width', '8',
-               '--detail_channels', '(8, 16)', '--regression_channels', '(8, 8)', '--batch_size', '4',
+               '--detail_channels', '(8, 16)', '--regression_channels', '(8, 16)', '--batch_size', '4',
                '--aae_steps', '60', '--unet_steps', '80', '--post_steps', '40', '--regression_steps', '10')))
 
 
@@ -38,10 +38,9 @@ def trained(request, tmp_path_factory):
     task = TASKS[request.param]
     with made_runs.folder(tmp_path_factory.mktemp(request.param)) as path:
         phantom.main(['--task', request.param, '--out', 'data', '--seed', '1', '--workers', '1', *task['phantom']])
-        for script in ('train_aae', 'train_unet', 'post_train'):
-            made_runs.call(script, *task['words'])
-        made_runs.call('train_unet', *task['words'], '--regression', 'True')
-        made_runs.call('infer', *task['words'])
+        for script, *more in (['train_aae'], ['train_unet'], ['train_unet', '--regression', 'True'], ['post_train'],
+                              ['infer']):
+            made_runs.call(script, *task['words'], *more)
         yield request.param, task, path / 'result' / task['exp']
 
 
@@ -93,6 +92,15 @@ def test_every_file_of_the_contract_is_there(trained):
         assert (record['seed'], record['label'], set(record['units'])) == (0, 'unknown', set(settings['targets']))
         assert record['settings']['task'] == task and record['settings']['scaling']['source']
     assert not list(folder.rglob('*.tmp'))
+
+
+def test_the_detail_branch_starts_as_the_regression_of_its_widths(trained):
+    task, _, folder = trained
+    start = {'ctp2dwi': 'at zero', 'mri2pet': 'as the regression U-Net'}[task]  # there the widths are the same
+    assert f'the detail branch starts {start}' in (folder / 'log.txt').read_text()
+    rows = {name: table(folder / f'validation_{name}.csv') for name in ('unet', 'post')}
+    best = max(float(row['psnr']) for row in rows['unet'])
+    assert float(rows['post'][0]['psnr']) == pytest.approx(best, abs=1e-3)  # row 0 is the network of stage 2
 
 
 def test_predictions_lie_on_the_subjects_own_grid(trained):
