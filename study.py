@@ -287,7 +287,8 @@ def cpu_seconds(trial):
     path = trial.facts(trial.seeds[0])
     if not trial.stages or not path.exists():
         return ''
-    return f"{json.loads(path.read_text())['training_cpu_seconds']}" + ('+' if trial.start else '')
+    seconds = json.loads(path.read_text())['training_cpu_seconds']
+    return f'{seconds}' + '+' * bool(trial.start) if seconds else ''
 
 
 def write_results():
