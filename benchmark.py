@@ -59,6 +59,7 @@ def rows(peer):
             step(f'plain/{preset}/{stage}', stage, preset, function='plain.plain_step', least=2, budget=1.0)
             against_monai(stage, preset, probe=words(batch_size=4 if preset == DEMOS[0] else 1))
         step(f'ours/{preset}/post', 'post', preset)
+        step(f'ours/{preset}/regression', 'regression', preset)
         found[f'ours/{preset}/sample'] = ('timing.sample_rows', dict(preset=preset, least=2, budget=0.5))
         if peer == 'monai':
             found[f'monai/{preset}/sample'] = ('peers.monai_sampler_rows', dict(preset=preset, least=2, budget=0.5))

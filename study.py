@@ -2,7 +2,7 @@
 Does it work? The two papers' claims on phantoms with known truth, each with its control, and the rivals.
 
 python study.py                   trains and evaluates what is not done yet, then writes docs/RESULTS.md
-python study.py --only stroke/    runs whose name contains this
+python study.py --only stroke/    runs whose name contains this; --seeds 1: only their first seed
 python study.py --list            what there is, and what is done
 python study.py --tables          only the tables, from the figures under docs/study
 
@@ -176,9 +176,9 @@ def is_done(trial, seed):
     return all(trial.file(seed, group).exists() for group in trial.sets)
 
 
-def work(trials):
+def work(trials, seeds):
     """Perform all that is not done, first seeds first; a trial that another process is at, or that needs one, waits."""
-    for seed in range(3):
+    for seed in seeds:
         for trial in trials:
             if seed not in trial.seeds or is_done(trial, seed):
                 continue
@@ -313,6 +313,7 @@ def write_results():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', default='', help='runs whose name contains this')
+    parser.add_argument('--seeds', type=int, default=3, help='only the first of the seeds: 1, 2 or 3')
     parser.add_argument('--list', action='store_true', help='what there is, and what is done')
     parser.add_argument('--tables', action='store_true', help='only write the tables')
     args = parser.parse_args()
@@ -326,7 +327,7 @@ def main():
             print(f'{trial.name:26} {trial.about}; seed {", ".join(seeds)}')
         return
     if not args.tables:
-        work(trials)
+        work(trials, range(args.seeds))
     write_results()
 
 

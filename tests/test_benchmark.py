@@ -46,7 +46,8 @@ def test_plain_modules_are_the_same_networks(preset):
 
 
 @pytest.mark.parametrize('name', ['ours/ctp2dwi_demo/aae', 'ours/mri2pet_demo/unet', 'ours/ctp2dwi_demo/post',
-                                  'plain/ctp2dwi_demo/unet', 'plain/mri2pet_demo/aae'])
+                                  'ours/ctp2dwi_demo/regression', 'plain/ctp2dwi_demo/unet',
+                                  'plain/mri2pet_demo/aae'])
 def test_a_training_step_is_the_scripts_own(name):
     before = train_unet.UNet, train_unet.Stage, timing.dataset.Cohort, timing.dataset.augment, sys.argv
     row, = benchmark.measure(name, '', quick=True)
@@ -119,7 +120,7 @@ def test_every_row_has_known_settings():
             assert hasattr(dict(timing=timing, plain=plain, peers=peers)[module], attribute)
             if 'preset' in how:
                 timing.settings(how['preset'], [*how.get('words', []), *how.get('probe', [])])
-                assert how.get('stage') in (None, 'aae', 'unet', 'post') and name
+                assert how.get('stage') in (None, 'aae', 'unet', 'post', 'regression') and name
 
 
 def test_what_a_gpu_can_take():
