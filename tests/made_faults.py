@@ -265,6 +265,8 @@ STAGES = [
           retrained(AAE)),
     Fault('a retrained autoencoder under a finished U-Net', 'post_train.py $TINY --exp new --init_from exp_1',
           retrained(AAE)),
+    Fault('a damaged regression U-Net from which stage 3 would start', f'post_train.py $TINY {NEW}',
+          write('result/exp_1/CHECKPOINT_regression.pth.tar', 'weights')),
     Fault('an autoencoder of older software', f'train_unet.py $TINY {NEW}', without(AAE, 'args')),
     Fault('an autoencoder with a network of another shape', f'train_unet.py $TINY {NEW}',
           checkpoint(AAE, lambda d: d['args'].update(latent_channels=5))),
