@@ -156,7 +156,7 @@ PRESETS = {
         disc_start=5000, disc_ramp=5000, shift=4, crop=(96, 96, 96), checkpointing=True),
     # The papers' own recipes. Departures of lapt: no vector quantisation (the latent is continuous), no perceptual
     # loss, slices at the given spacing, the source encoded by a small trained network to the latent grid, L1 x 100 as
-    # reconstruction loss.
+    # reconstruction loss, no norms in the decoder at full resolution.
     'lapt': dict(
         exp='exp_lapt', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),
         scaling={'source': ('range', 0, 200), 'dwi': ('quantile', 0.005, 0.995), 'adc': ('quantile', 0.005, 0.995)},
@@ -172,7 +172,7 @@ PRESETS = {
         sampler='ddim', num_steps=50),
     # Departures of il_cldm: the label is known in training and absent at sampling as published, but through the learned
     # "unknown" embedding; stage 3 does not exist there (post_steps = 0); best checkpoint by psnr alone; 999 steps
-    # become T.
+    # become T; no norms in the decoder at full resolution.
     'il_cldm': dict(
         _MRI2PET_DATA, exp='exp_il_cldm', data_root='data/mri2pet', data_info='data_info',
         spacing=(1, 1, 1), image_size=(160, 192, 160),

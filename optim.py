@@ -107,7 +107,8 @@ def adamw(groups):
 def make(kind, nets, precision='fp32'):
     """The optimiser of some networks: kind 'muon' or 'adam', nets a list of (network, factor on the learning rate).
 
-    Each group's `lr_scale` is what utils.set_lr multiplies the learning rate by. Under bf16 Muon iterates in bf16.
+    Each group's `lr_scale` is what utils.set_lr multiplies the learning rate by. Under bf16 Muon iterates in bf16, but
+    not on a CPU.
     """
     named = [([(n, p) for n, p in net.named_parameters() if p.requires_grad], scale) for net, scale in nets]
     if kind == 'adam':

@@ -1,4 +1,7 @@
 """study.py: its trials are ones the scripts take, and its tables say what the figures of the subjects say."""
+import os
+import sys
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -84,3 +87,15 @@ def test_a_trial_is_done_once_all_its_sets_are(figures):
 def test_a_script_that_fails_is_told_by_its_sentence():
     with pytest.raises(utils.RunError, match='train_aae.py --nonsense 1.*there is no setting'):
         study.script('train_aae.py', '--nonsense', '1')
+
+
+def test_list_says_what_is_done(monkeypatch, capsys):
+    monkeypatch.chdir(os.getcwd())  # main goes to its own folder
+    monkeypatch.setattr(sys, 'argv', ['study.py', '--list', '--only', 'amyloid/'])
+    study.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == sum(trial.task == 'amyloid' for trial in study.TRIALS)
+    assert all(line.startswith('amyloid/') and ('to do' in line or 'done' in line) for line in lines)
+    monkeypatch.setattr(sys, 'argv', ['study.py', '--only', 'nothing'])
+    with pytest.raises(utils.RunError, match="no run has 'nothing' in its name"):
+        study.main()
