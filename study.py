@@ -206,9 +206,8 @@ def work(trials, seeds):
 COLUMNS = {
     'stroke': dict(dwi_psnr='DWI PSNR, dB', adc_psnr='ADC PSNR, dB', dwi_ms_ssim='DWI MS-SSIM', lesion_mae='lesion MAE',
                    lesion_contrast_error='contrast error', lesion_dice_2ml='Dice above 2 ml',
-                   lesion_detected='detected', false_lesion_ml='false lesion, ml', lesion_rim_mae='rim MAE',
-                   seconds='s a subject'),
-    'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error', seconds='s a subject')}
+                   lesion_detected='detected', false_lesion_ml='false lesion, ml', lesion_rim_mae='rim MAE'),
+    'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error')}
 TABLES = [
     ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/no_detail'], BOTH),
     ('Lesion weight', 'stroke/ours', ['stroke/weight_02', 'stroke/weight_1'], ('test',)),
@@ -254,7 +253,7 @@ def table_lines(title, reference, others, group):
         return []
     task = BY_NAME[reference].task
     columns, base = COLUMNS[task], known[reference][0]
-    keep = ['ID', *[c for c in columns if c != 'seconds']]
+    keep = ['ID', *columns]
     tests = metrics.summarise(base[keep], {n: t[keep] for n, (t, _) in known.items() if n != reference}, 0)
     tests = tests.set_index('metric')
     extra = ['AUC'] if task == 'amyloid' else []
@@ -266,9 +265,6 @@ def table_lines(title, reference, others, group):
         for column in columns:
             values = table[column].dropna().to_numpy()
             low, high = metrics.bootstrap_ci(values, 0)
-            if column == 'seconds':
-                cells.append(f'{values.mean():.3g}')
-                continue
             star = '*' if name != reference and tests[f'{name}_p_holm'][column] < 0.05 else ''
             cells.append(f'{short(values.mean())}{star} ({short(low)} .. {short(high)})')
         cells += [auc_cell(table)] if extra else []
@@ -279,7 +275,7 @@ def table_lines(title, reference, others, group):
 
 
 def short(value):
-    return f'{value:.1f}' if abs(value) >= 10 else f'{value:.2f}' if abs(value) >= 0.5 else f'{value:.3f}'
+    return f'{value:.1f}' if abs(value) >= 10 else f'{value:.2f}' if abs(value) >= 1 else f'{value:.3f}'
 
 
 def cpu_seconds(trial):
