@@ -106,7 +106,7 @@ TRIALS = [
     # Amyloid.
     Trial('amyloid/ours', "the demo's settings", ALL, seeds=THREE, sets=BOTH),
     Trial('amyloid/regression', 'regression U-Net on the image grid, the same weights, equal time',
-          (f'{REGRESSION} --regression_steps 900',), 'amyloid/ours', '--stage regression', THREE, BOTH),
+          (f'{REGRESSION} --regression_steps 1050',), 'amyloid/ours', '--stage regression', THREE, BOTH),
     Trial('amyloid/no_label', 'labels never read', (f'{UNET} --num_classes 0', f'{POST} --num_classes 0'),
           'amyloid/ours', seeds=THREE),
     Trial('amyloid/never_dropped', "IL-CLDM's way: label never dropped in training, absent at sampling",
