@@ -73,7 +73,7 @@ DDIM = '--sampler ddim --num_steps 50'
 
 TRIALS = [
     # Stroke. The rivals have the time of all of our stages.
-    Trial('stroke/ours', "the demo's settings", ALL, seeds=THREE, sets=BOTH),
+    Trial('stroke/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=BOTH),
     Trial('stroke/regression', 'regression U-Net on the image grid, the same lesion weight, equal time',
           (f'{REGRESSION} --regression_steps 2600',), 'stroke/ours', '--stage regression', THREE, BOTH),
     Trial('stroke/control', 'latent network trained on as long with w_image = w_lesion = 0',
@@ -104,7 +104,7 @@ TRIALS = [
            '--tune_decoder False --detail_branch False --optimizer adam --post_steps 300 --post_lr 1e-4'), '', DDIM),
 
     # Amyloid.
-    Trial('amyloid/ours', "the demo's settings", ALL, seeds=THREE, sets=BOTH),
+    Trial('amyloid/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=BOTH),
     Trial('amyloid/regression', 'regression U-Net on the image grid, the same weights, equal time',
           (f'{REGRESSION} --regression_steps 1050',), 'amyloid/ours', '--stage regression', THREE, BOTH),
     Trial('amyloid/no_label', 'labels never read', (f'{UNET} --num_classes 0', f'{POST} --num_classes 0'),
