@@ -57,7 +57,7 @@ def prediction_record(cfg, model, spec):
 
 
 def settings_of(path):
-    """What inference.json says of checkpoint and sampler, less what was fitted with them; {} if it cannot be read."""
+    """What inference.json says, less what was fitted with it, or config.json; {} if it cannot be read."""
     try:
         found = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):  # not there, or damaged: who knows
@@ -219,8 +219,7 @@ def main():
     folder = Path('result') / cfg.exp
     model = load_model(cfg, run, cfg.stage)
     if model.prep['task'] != cfg.task or set(model.prep['target_names']) != set(cfg.targets):
-        used = folder / 'config.json'
-        used = json.loads(used.read_text())['preset'] if used.exists() else 'NAME'
+        used = settings_of(folder / 'config.json').get('preset', 'NAME')
         theirs, ours = ', '.join(model.prep['target_names']), ', '.join(cfg.targets)
         raise config.SettingError(f"the checkpoint in {folder} is for {theirs} ({model.prep['task']}), the settings "
                                   f'are for {ours} ({cfg.task}); give the preset it was trained with: --preset {used}')
