@@ -56,9 +56,8 @@ unet_attention = ()              # levels with self-attention, 0 the finest (alw
 cond_channels = 64               # channels of the encoded source
 cond_width = 24                  # first width of the source encoder
 dropout = 0.0                    # in the middle of the U-Net
-detail_branch = True             # stage 3: add R(source, D(z_0_hat)), a U-Net on the image grid; it starts as the
-                                 # regression U-Net (train_unet.py --regression True), if there is one of its widths
-detail_channels = (32, 64, 96)   # its widths, one a level
+detail_branch = True             # stage 3: add R(source, D(z_0_hat)), a U-Net on the image grid
+detail_channels = (32, 64, 96)   # its widths, one a level; it starts as a regression U-Net of the same, if there is one
 checkpointing = False            # recompute activations in the backward pass: less memory, about a third more time
 
 # Diffusion
@@ -88,7 +87,7 @@ w_adversarial = 1.0              # weight of the adversarial term against 100 x 
 disc_start = 40                  # the discriminator trains from step 0, its loss counts from this step on
 disc_ramp = 40                   # ... and its weight rises over this many steps
 regression = False               # train_unet.py: train the baseline instead, a plain U-Net from source to target
-regression_channels = (32, 64, 96)  # its widths; the detail branch can start from it if it has the same
+regression_channels = (32, 64, 96)  # its widths; with those of detail_channels stage 3 starts from it
 regression_steps = 1700          # its steps
 
 # Post-training

@@ -103,6 +103,24 @@ def test_the_detail_branch_starts_as_the_regression_of_its_widths(trained):
     assert float(rows['post'][0]['psnr']) == pytest.approx(best, abs=1e-3)  # row 0 is the network of stage 2
 
 
+def test_the_control_and_the_regression_alone(trained):
+    """The README's commands for them; --only_model leaves out baselines and intervals."""
+    _, settings, folder = trained
+    words = (*settings['words'], '--init_from', settings['exp'])
+    control = ('--exp', 'control', '--detail_branch', 'False', '--w_image', '0', '--w_lesion', '0', '--post_steps', '2')
+    made_runs.call('post_train', *words, *control)
+    made_runs.call('infer', *words, '--exp', 'control', '--only_model')
+    made_runs.call('infer', *words, '--exp', 'alone', '--stage', 'regression', '--only_model')
+    for name in ('control', 'alone'):
+        found = {path.name for path in Path('result', name).glob('test*.csv')}
+        assert found == {'test.csv', 'test_summary.csv'}
+        assert not any('coverage' in column for column in table(Path('result', name, 'test.csv'))[0])
+    assert torch.load('result/control/CHECKPOINT_Unet_post.pth.tar', weights_only=True)['detail'] is None
+    figure = f"{settings['targets'][0]}_psnr"
+    for mine, theirs in zip(table(Path('result/alone/test.csv')), table(folder / 'test_regression.csv'), strict=True):
+        assert mine['ID'] == theirs['ID'] and float(mine[figure]) == pytest.approx(float(theirs[figure]), abs=1e-3)
+
+
 def test_predictions_lie_on_the_subjects_own_grid(trained):
     task, settings, folder = trained
     for id in ids('test'):
