@@ -69,7 +69,7 @@ def rows(peer):
     step('ours/ctp2dwi/aae', 'aae', 'ctp2dwi', words(batch_size=2), some.format(2), **LARGE)
     step('ours/ctp2dwi/unet', 'unet', 'ctp2dwi', words(batch_size=4), some.format(4), **LARGE)
     step('ours/ctp2dwi/post', 'post', 'ctp2dwi', words(batch_size=2), some.format(2), **LARGE)
-    found['ours/ctp2dwi/sample'] = ('timing.sample_rows', dict(preset='ctp2dwi', items=4, ddim=(2, 4), ddpm=(2, 4),
+    found['ours/ctp2dwi/sample'] = ('timing.sample_rows', dict(preset='ctp2dwi', items=4, ddim=(1, 5), ddpm=(1, 5),
                                                                warm=0, least=1, budget=0))
     step('ours/lapt/unet', 'unet', 'lapt', words(batch_size=2), some.format(2), **LARGE)
     step('ours/il_cldm/aae', 'aae', 'il_cldm', CROP, 'crop of 80x96x80', **LARGE)
@@ -77,7 +77,7 @@ def rows(peer):
     step('ours/mri2pet/aae', 'aae', 'mri2pet', **LARGE)
     step('ours/mri2pet/unet', 'unet', 'mri2pet', (), 'FLOPs include the recomputation of checkpointing', **LARGE)
     step('ours/mri2pet/post', 'post', 'mri2pet', (), 'decodes a crop of 96x96x96; checkpointing', **LARGE)
-    found['ours/mri2pet/sample'] = ('timing.sample_rows', dict(preset='mri2pet', ddim=(1, 3), ddpm=(1, 3),
+    found['ours/mri2pet/sample'] = ('timing.sample_rows', dict(preset='mri2pet', ddim=(1, 5), ddpm=(1, 5),
                                                                warm=0, least=1, budget=0))
     against_monai('aae', 'ctp2dwi', words(batch_size=2), words(batch_size=1), **LARGE)
     against_monai('unet', 'ctp2dwi', words(batch_size=4), words(batch_size=1), **LARGE)
@@ -88,7 +88,7 @@ def rows(peer):
         found['monai/ctp2dwi/sample'] = ('peers.monai_sampler_rows',
                                          dict(preset='ctp2dwi', items=4, probe=words(image_size=(96, 112)), **small))
         found['monai/mri2pet/sample'] = ('peers.monai_sampler_rows',
-                                         dict(preset='mri2pet', ddim=(1, 3), ddpm=(1, 3), probe=CROP, **small))
+                                         dict(preset='mri2pet', ddim=(1, 5), ddpm=(1, 5), probe=CROP, **small))
 
     # How cost grows; together with the rows above these give the bytes of activations per voxel.
     for size in ((48, 48, 48), (64, 64, 64)):

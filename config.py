@@ -33,6 +33,7 @@ lesion = '{root}/{id}/lesion.nii.gz'               # region of stage 3, needed i
 spatial_dims = 2                 # 2: axial slices, 3: volumes
 spacing = (3, 3, None)           # mm of the working grid; None keeps an axis as it is
 image_size = (64, 72)            # voxels of the working grid, multiples of 4; when memory runs out, lower it
+context = 1                      # 2D: neighbouring slices on either side that the networks see beside each slice
 frames = 15                      # time points of a 4D source; None for a 3D source
 frame_spacing = None             # seconds between these time points; None: evenly over the whole of each scan
 frame_interval = None            # seconds between the frames in the files; None: as each header says
@@ -107,6 +108,7 @@ split = 'test'                   # train, validation or test
 sampler = 'one_step'             # one_step, ddim or ddpm
 num_steps = 50                   # steps of ddim and ddpm
 samples = 1                      # latents averaged before decoding; more than 1 also gives a std map
+mirror = True                    # mean of the prediction and that of the left-right mirrored source: twice the time
 guidance = 1.0                   # classifier-free guidance on the label; 1: off
 label = 'unknown'                # unknown, true (read from data_info.csv, said in the summary) or a class number
 eval_batch = 32                  # samples a forward pass without gradient
@@ -118,7 +120,7 @@ out = None                       # output folder for --input
 _MRI2PET_DATA = dict(
     task='mri2pet', source='{root}/whole_MRI/{id}.nii', targets={'suvr': '{root}/whole_Abeta/{id}.nii'},
     mask='{root}/mask/{id}.nii',
-    lesion='{root}/roi/{id}.nii', spatial_dims=3, frames=None, num_classes=2,
+    lesion='{root}/roi/{id}.nii', spatial_dims=3, context=0, frames=None, num_classes=2,
     scaling={'source': ('quantile', 0.005, 0.995), 'suvr': ('range', 0, 3)}, unit_scale={'source': 1, 'suvr': 1})
 
 PRESETS = {
@@ -159,7 +161,7 @@ PRESETS = {
     'lapt': dict(
         exp='exp_lapt', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),
         scaling={'source': ('range', 0, 200), 'dwi': ('quantile', 0.005, 0.995), 'adc': ('quantile', 0.005, 0.995)},
-        latent_channels=3, normalise_latents=False, aae_channels=(64, 128, 256), aae_blocks=2, disc_channels=(64, 128),
+        context=0, latent_channels=3, normalise_latents=False, aae_channels=(64, 128, 256), aae_blocks=2, disc_channels=(64, 128),
         unet_channels=(224, 896, 1792), unet_attention=(1, 2), cond_channels=15, cond_width=64, detail_branch=False,
         predict='eps', schedule='scaled_linear', loss_weight='none', last_step_share=0, label_drop=0,
         aae_steps=100000, unet_steps=200000, post_steps=20000, batch_size=6,
@@ -168,7 +170,7 @@ PRESETS = {
         flip=False, shift=0,
         post_loss='lapt', lambda_t='linear', w_diffusion=1.0, w_image=0.01, w_lesion=0.02,
         post_last_step_share=0, tune_decoder=False,
-        sampler='ddim', num_steps=50),
+        sampler='ddim', num_steps=50, mirror=False),
     # Departures of il_cldm: the label is known in training and absent at sampling as published, but through the learned
     # "unknown" embedding; stage 3 does not exist there (post_steps = 0); best checkpoint by psnr alone; 999 steps
     # become T; no norms in the decoder at full resolution.
@@ -181,7 +183,7 @@ PRESETS = {
         aae_steps=50000, unet_steps=100000, post_steps=0, batch_size=1, eval_batch=1,
         lr=1e-4, aae_lr=1e-4, warmup=1, optimizer='adam', ema=0.9999,
         eval_every=5000, save_every=1000, disc_start=1000, disc_ramp=1, flip=False, shift=0, checkpointing=True,
-        sampler='ddpm', num_steps=1000, w_diffusion=1.0, post_last_step_share=0),
+        sampler='ddpm', num_steps=1000, mirror=False, w_diffusion=1.0, post_last_step_share=0),
 }
 # Your own data, here: PRESETS['mine'] = dict(PRESETS['ctp2dwi'], exp='exp_mine', data_root=...); see README, Layouts.
 
@@ -356,6 +358,8 @@ def validate(cfg):
                            'use --sampler ddim')
     if cfg.sampler != 'one_step' and cfg.num_steps > cfg.timesteps:
         raise SettingError(f'num_steps {cfg.num_steps} must be at most timesteps {cfg.timesteps}')
+    if cfg.context and dims == 3:
+        raise SettingError(f'context = {cfg.context} is for slices: with spatial_dims = 3 set context = 0')
     if cfg.batch_size % cfg.accumulate:
         raise SettingError(f'batch_size {cfg.batch_size} must be a multiple of accumulate {cfg.accumulate}')
     if cfg.label not in ('unknown', 'true') and not (cfg.label.isdigit() and int(cfg.label) < cfg.num_classes):

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 import check
 from splits import find_ids, label_of, make_splits, read_labels, read_lists, read_split, read_table
-from subject import Spec, Subject, load_subject, scaling_range
+from subject import Spec, Subject, load_subject, scaling_range, stack_slices
 from volume import DataError, failure, write_volume
 
 __all__ = ['Spec', 'Subject', 'Cohort', 'DataError', 'load_subject', 'loader', 'augment', 'read_split', 'read_labels',
-           'read_lists', 'make_splits', 'scaling_range', 'write_volume']
+           'read_lists', 'make_splits', 'scaling_range', 'stack_slices', 'write_volume']
 
 CACHE_VERSION = 2  # raise it when the preprocessing changes: older caches are then built anew
 
@@ -39,8 +39,8 @@ class Cohort(torch.utils.data.Dataset):
     The training samples of a list of subjects: slices with brain (2D) or subjects (3D), preprocessed once and cached.
 
     One .npy file a subject in spec.cache_dir, (n, C + K + 2, *S) float32: source, target, mask, lesion. Its name holds
-    a hash of the files' sizes and times and of the settings, so that a change builds it anew. A sample is read from its
-    place in the file, straight into the batch, rather than through np.memmap: mapped pages count as this process's
+    a hash of the files' sizes and times and of the settings, so that a change builds it anew. A sample, and with
+    spec.context the slices beside it (background beyond those with brain), is read from its place in the file, straight into the batch, rather than through np.memmap: mapped pages count as this process's
     memory, which would then grow with the cohort.
     """
 
@@ -53,7 +53,7 @@ class Cohort(torch.utils.data.Dataset):
             raise DataError('no subject to train on: the list is empty; write one ID a line.')
         self.spec, self.ids = spec, list(ids)
         self.labels = [(labels or {}).get(id, spec.num_classes) for id in self.ids]
-        self.source_channels, self.target_channels = spec.frames or 1, len(spec.target_names)
+        self.source_channels, self.target_channels = (spec.frames or 1) * (2 * spec.context + 1), len(spec.target_names)
         _make_folder(cache)
         self.files = _build_all(spec, self.ids, cache)  # (path, offset, shape) of each subject
         self.ends = np.cumsum([shape[0] for _, _, shape in self.files])
@@ -92,20 +92,29 @@ class Cohort(torch.utils.data.Dataset):
         indices = [int(i) % len(self) for i in indices]
         channels = {'source': self.source_channels, 'target': self.target_channels, 'mask': 1, 'lesion': 1}
         batch = {name: torch.empty((len(indices), count, *self.size)) for name, count in channels.items()}
-        views = [memoryview(tensor.numpy()).cast('B') for tensor in batch.values()]
-        places = [self.locate(i) for i in indices]
+        places, k = [self.locate(i) for i in indices], self.spec.context
+        sources = batch['source'].view(len(indices), 2 * k + 1, -1, *self.size)
         for row, (subject, sample) in enumerate(places):
             path, offset, shape = self.files[subject]
             with open(path, 'rb', buffering=0) as file:
-                file.seek(offset + sample * 4 * int(np.prod(shape[1:])))
-                for view in views:
-                    length = len(view) // len(indices)
-                    part = view[row * length:(row + 1) * length]
-                    if file.readinto(part) != length:
-                        raise DataError(f'{path} is shorter than it was; delete it, it will be built anew.')
+                for j in [*(j for j in range(2 * k + 1) if j != k), k]:  # the sample itself last: the rest follows it
+                    if not 0 <= sample + j - k < shape[0]:
+                        sources[row, j] = BACKGROUND['source']
+                        continue
+                    file.seek(offset + (sample + j - k) * 4 * int(np.prod(shape[1:])))
+                    _read_into(file, sources[row, j], path)
+                for name in ('target', 'mask', 'lesion'):
+                    _read_into(file, batch[name][row], path)
         batch['label'] = torch.tensor([self.labels[subject] for subject, _ in places])
         batch['index'] = torch.tensor(indices)
         return batch
+
+
+def _read_into(file, tensor, path):
+    """Fill a contiguous tensor from where the file stands."""
+    view = memoryview(tensor.numpy()).cast('B')
+    if file.readinto(view) != len(view):
+        raise DataError(f'{path} is shorter than it was; delete it, it will be built anew.')
 
 
 def _make_folder(path):
@@ -117,7 +126,7 @@ def _make_folder(path):
 
 def _cache_path(spec, id, cache):
     """Where a subject's samples are cached; another name for every change of a file or a setting."""
-    key = [CACHE_VERSION, spec.travel()]
+    key = [CACHE_VERSION, spec.travel() | dict(context=0)]  # neighbours are put together on reading
     for name in spec.names():
         path = os.path.abspath(spec.path(name, id))
         key.append([name, path, os.path.getsize(path), os.stat(path).st_mtime_ns])

@@ -124,7 +124,8 @@ def fit_quality(spec, cohort, validation_ids, at_most=100):
     train = []
     for j in np.linspace(0, len(cohort.ids) - 1, min(at_most, len(cohort.ids))).astype(int):
         batch = cohort.subject_items(j)
-        train.append(source_features(batch['source'].numpy(), batch['mask'].numpy()))
+        own = batch['source'].chunk(2 * spec.context + 1, dim=1)[spec.context]  # without the slices beside it
+        train.append(source_features(own.numpy(), batch['mask'].numpy()))
     good = [dataset.load_subject(spec, id, with_truth=False) for id in validation_ids[:at_most]]
     return quality.qc_fit(train, [source_features(s.source, s.mask) for s in good]) if len(train) > 1 else None
 

@@ -52,7 +52,8 @@ def prediction_record(cfg, model, spec):
     units |= {name: 'in-mask quantile range, 0..1' for name in spec.targets if spec.scaling[name][0] == 'quantile'}
     return dict(checkpoint=model.origin, aae=fingerprint(model.aae), exp=cfg.exp, sampler=cfg.sampler,
                 num_steps=1 if cfg.sampler == 'one_step' else cfg.num_steps,
-                samples=cfg.samples, guidance=cfg.guidance, label=cfg.label, seed=cfg.seed, units=units,
+                samples=cfg.samples, guidance=cfg.guidance, label=cfg.label, mirror=cfg.mirror, seed=cfg.seed,
+                units=units,
                 settings=model.prep)
 
 
@@ -93,7 +94,7 @@ def infer_split(cfg, run, model, spec, folder):
 
     def predict(subject, model=model):
         label = None if cfg.label == 'unknown' else labels.get(subject.id) if cfg.label == 'true' else int(cfg.label)
-        return translate(run, model, subject.source, subject.id, how, label)
+        return translate(run, model, subject.stacked, subject.id, how, label)
 
     if run.main:
         note = keep_aside(folder, record)
@@ -183,7 +184,7 @@ def infer_file(cfg, run, model, spec):
     subject = dataset.load_subject(replace(spec, lesion=None), files=files, with_truth=False)
     print(*(f'Note: {note}' for note in subject.notes), sep='\n', end='\n' * bool(subject.notes))
     label = int(cfg.label) if cfg.label.isdigit() else None
-    pred, std = translate(run, model, subject.source, subject.id, Sampling.of(cfg), label)
+    pred, std = translate(run, model, subject.stacked, subject.id, Sampling.of(cfg), label)
     qc = check_source(model, subject)
     record = prediction_record(cfg, model, spec)
     more = dict(qc=qc, intervals=known_intervals(Path('result') / cfg.exp / 'inference.json', record))

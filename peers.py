@@ -173,7 +173,7 @@ def pair_step(stage, preset, who, words=(), probe=(), **how):
                       precision=run.precision)
 
 
-def monai_sampler_rows(preset, words=(), probe=(), items=None, ddim=(2, 4), ddpm=(2, 4), **how):
+def monai_sampler_rows(preset, words=(), probe=(), items=None, ddim=(2, 10), ddpm=(2, 10), **how):
     """One subject by MONAI's DDIM and DDPM schedulers and its decoder, extrapolated from a few steps."""
     schedulers = load_monai()[1]
     cfg = timing.settings(preset, words)

@@ -147,7 +147,7 @@ def main():
     before = Model(current.aae, current.unet, current.diffusion)  # row 0: the network before this stage
 
     def predict(subject):
-        return translate(run, current if step else before, subject.source, subject.id, how)
+        return translate(run, current if step else before, subject.stacked, subject.id, how)
 
     if diffusion.predict == 'eps' and how.sampler == 'one_step':
         raise config.SettingError("sampler 'one_step' is refused: this network predicts eps; use --sampler ddim")

@@ -14,7 +14,7 @@ import volume as vol
 from splits import MissingFile, find_file
 from volume import DataError
 
-TRAVEL = ('task', 'spatial_dims', 'spacing', 'image_size', 'frames', 'frame_spacing', 'frame_interval', 'resample',
+TRAVEL = ('task', 'spatial_dims', 'spacing', 'image_size', 'context', 'frames', 'frame_spacing', 'frame_interval', 'resample',
           'scaling', 'unit_scale', 'num_classes', 'target_names')
 
 
@@ -35,6 +35,7 @@ class Spec:
     spatial_dims: int = 2
     spacing: tuple | None = None
     image_size: tuple | None = None
+    context: int = 0
     frames: int | None = None
     frame_spacing: float | None = None
     frame_interval: float | None = None
@@ -114,6 +115,11 @@ class Subject:
     notes: list                    # sentences: what was assumed or left out on reading
 
     @property
+    def stacked(self):
+        """The source as the networks see it: (N, (2 context + 1) C, *S), each slice between its neighbours."""
+        return stack_slices(self.source, self.spec.context)
+
+    @property
     def spacing(self):
         """mm per native voxel."""
         return tuple(float(x) for x in np.linalg.norm(self.affine[:3, :3], axis=0))
@@ -158,6 +164,18 @@ class Subject:
                 array = grids.fill_nearest(moved, share[0] > 0.01, self.native_mask)[0]
             truth[name] = vol.to_units(array, self.spec.scaling[name], limits)
         return truth
+
+
+def stack_slices(source, context):
+    """Slices with `context` neighbours on either side, the lowest first, as channels: (N, C, *S) -> (N, (2k + 1) C, *S).
+
+    Beyond the first and the last slice the neighbours are background, -1.
+    """
+    if not context:
+        return source
+    beyond = np.full((context, *source.shape[1:]), -1, source.dtype)
+    padded = np.concatenate([beyond, source, beyond])
+    return np.concatenate([padded[i:i + len(source)] for i in range(2 * context + 1)], axis=1)
 
 
 def _as_volume(array, spatial_dims):

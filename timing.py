@@ -253,10 +253,14 @@ def items_of(cfg):
     return 25 if cfg.spatial_dims == 2 else 1
 
 
-def extrapolate(sampler, wanted, measure, counts):
-    """Seconds of `wanted` sampling steps from measure(steps) -> clock's result at two or one of the counts."""
-    found = {n: measure(n) for n in counts}
+def extrapolate(sampler, wanted, measure, counts, rounds=3):
+    """Seconds of `wanted` sampling steps from measure(steps) -> clock's result at two or one of the counts.
+
+    Two counts are measured in turn, `rounds` times, and each one's median taken: other processes come and go.
+    """
     few, many = min(counts), max(counts)
+    runs = [{n: measure(n) for n in counts} for _ in range(rounds if few < many else 1)]
+    found = {n: dict(runs[0][n], seconds_step=statistics.median(r[n]['seconds_step'] for r in runs)) for n in counts}
     row, note = dict(found[many]), ''
     total, tflop = row['seconds_step'], row['tflop']
     step = total / many
@@ -281,7 +285,7 @@ def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
     source = np.random.default_rng(0).normal(0, 0.3, (items, cfg.frames or 1, *cfg.image_size)).astype(np.float32)
 
     def subject(sampler, steps):
-        way = Sampling(sampler, steps, eval_batch=cfg.eval_batch)
+        way = Sampling(sampler, steps, mirror=cfg.mirror, eval_batch=cfg.eval_batch)
         return repeat(lambda: translate(run, model, source, 'made', way), **how)
 
     plan = [] if cfg.predict == 'eps' else [('one_step', 1, (1,))]

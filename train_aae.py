@@ -86,7 +86,7 @@ def main():
     train_ids, validation_ids = (dataset.read_split(cfg.data_info, split) for split in ('train', 'validation'))
     stage = Stage(run, cfg, 'aae', FIXED, lists=utils.seed_key(train_ids, validation_ids))
     with stage.main_first():
-        cohort = dataset.Cohort(spec, train_ids)
+        cohort = dataset.Cohort(replace(spec, context=0), train_ids)  # the source is not used
 
     utils.seed_everything(cfg.seed, 'aae weights')
     aae = run.place(AAE(cfg.spatial_dims, len(cfg.targets), cfg.latent_channels, cfg.aae_channels, cfg.aae_blocks))

@@ -21,7 +21,7 @@ from layers import recompute_blocks
 from model import PixelUNet, UNet, count_parameters, fingerprint
 from stage import Stage
 
-DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'frames', 'frame_spacing', 'frame_interval',
+DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'context', 'frames', 'frame_spacing', 'frame_interval',
         'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'ema', 'seed', 'batch_size', 'optimizer', 'lr')
 FIXED = DATA + ('unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout', 'predict',
                 'schedule', 'timesteps', 'loss_weight', 'last_step_share', 'label_drop')
@@ -55,7 +55,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
     current, how = Model(model.aae, ema.net, diffusion), Sampling.of(cfg)
 
     def predict(subject):
-        return translate(run, current, subject.source, subject.id, how)
+        return translate(run, current, subject.stacked, subject.id, how)
 
     for step in range(stage.step, cfg.unet_steps + 1):
         last = step == cfg.unet_steps  # one extra round, so that the final weights are evaluated and saved
@@ -114,7 +114,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
     current, how = Model(None, regression=ema.net), Sampling.of(cfg)
 
     def predict(subject):
-        return translate(run, current, subject.source, subject.id, how)
+        return translate(run, current, subject.stacked, subject.id, how)
 
     for step in range(stage.step, cfg.regression_steps + 1):
         if stage.must_evaluate(step):

@@ -49,11 +49,12 @@ class Sampling:
     samples: int = 1
     guidance: float = 1.0
     seed: int = 0
+    mirror: bool = False
     eval_batch: int = 32
 
     @classmethod
     def of(cls, cfg):
-        return cls(cfg.sampler, cfg.num_steps, cfg.samples, cfg.guidance, cfg.seed, cfg.eval_batch)
+        return cls(cfg.sampler, cfg.num_steps, cfg.samples, cfg.guidance, cfg.seed, cfg.mirror, cfg.eval_batch)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -126,26 +127,34 @@ def starting_noise(key, shape, k, device):
 
 @torch.no_grad()
 def translate(run, model, source, key, how, label=None):
-    """Translate the items of one subject: source (N, C, *S) -> pred (N, K, *S), std (N, K, *S) or None, as scaled.
+    """Translate the items of one subject: source (N, C, *S), as Subject.stacked has it -> pred (N, K, *S), std (N, K, *S) or None, as scaled.
 
     All slices start from the same noise, keyed by `key` = subject ID. how.samples latents are averaged before decoding;
-    std is over the decoded samples. label: class number, or None for unknown. ValueError if one_step is asked of an eps
-    network.
+    std is over the decoded samples. how.mirror: all of it once more for the mirrored source, and the mean of both
+    images. label: class number, or None for unknown. ValueError if one_step is asked of an eps network.
     """
     preds, stds = [], []
     for chunk in torch.from_numpy(np.ascontiguousarray(source)).split(how.eval_batch):
         chunk = chunk.to(run.device)
         with run.autocast():
-            if model.regression is not None:
-                preds.append(model.regression(chunk).float().cpu())
-                continue
-            cond = model.unet.encode_source(chunk)
-            samples = [_sample_latents(model, chunk, cond, key, k, how, label) for k in range(how.samples)]
-            z_0, features = (torch.stack(parts).mean(0) for parts in zip(*samples, strict=True))
-            preds.append(model.decode(z_0, chunk, features).float().cpu())
-            if how.samples > 1:
-                stds.append(torch.stack([model.decode(z, chunk, h).float() for z, h in samples]).std(0).cpu())
+            images = _translate_items(model, chunk, key, how, label)
+            if how.mirror:
+                images = (images + _translate_items(model, chunk.flip(2), key, how, label).flip(3)) / 2
+        preds.append(images[0].cpu())
+        if len(images) > 1:
+            stds.append(images[1:].std(0).cpu())
     return torch.cat(preds).numpy(), torch.cat(stds).numpy() if stds else None
+
+
+def _translate_items(model, source, key, how, label):
+    """Source (n, C, *S) -> (1, n, K, *S), the prediction; with how.samples = m > 1 the m decoded samples follow it."""
+    if model.regression is not None:
+        return model.regression(source).float()[None]
+    cond = model.unet.encode_source(source)
+    samples = [_sample_latents(model, source, cond, key, k, how, label) for k in range(how.samples)]
+    mean = [torch.stack(parts).mean(0) for parts in zip(*samples, strict=True)]
+    images = [mean, *samples] if how.samples > 1 else [mean]
+    return torch.stack([model.decode(z_0, source, features).float() for z_0, features in images])
 
 
 def _sample_latents(model, source, cond, key, k, how, label):
