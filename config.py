@@ -161,7 +161,8 @@ PRESETS = {
     'lapt': dict(
         exp='exp_lapt', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),
         scaling={'source': ('range', 0, 200), 'dwi': ('quantile', 0.005, 0.995), 'adc': ('quantile', 0.005, 0.995)},
-        context=0, latent_channels=3, normalise_latents=False, aae_channels=(64, 128, 256), aae_blocks=2, disc_channels=(64, 128),
+        context=0, latent_channels=3, normalise_latents=False,
+        aae_channels=(64, 128, 256), aae_blocks=2, disc_channels=(64, 128),
         unet_channels=(224, 896, 1792), unet_attention=(1, 2), cond_channels=15, cond_width=64, detail_branch=False,
         predict='eps', schedule='scaled_linear', loss_weight='none', last_step_share=0, label_drop=0,
         aae_steps=100000, unet_steps=200000, post_steps=20000, batch_size=6,

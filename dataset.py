@@ -39,9 +39,10 @@ class Cohort(torch.utils.data.Dataset):
     The training samples of a list of subjects: slices with brain (2D) or subjects (3D), preprocessed once and cached.
 
     One .npy file a subject in spec.cache_dir, (n, C + K + 2, *S) float32: source, target, mask, lesion. Its name holds
-    a hash of the files' sizes and times and of the settings, so that a change builds it anew. A sample, and with
-    spec.context the slices beside it (background beyond those with brain), is read from its place in the file, straight into the batch, rather than through np.memmap: mapped pages count as this process's
-    memory, which would then grow with the cohort.
+    a hash of the files' sizes and times and of the settings, so that a change builds it anew. A sample is read from its
+    place in the file, straight into the batch, rather than through np.memmap: mapped pages count as this process's
+    memory, which would then grow with the cohort. With spec.context the slices beside it come with its source, as in
+    Subject.stacked (slices with brain are taken to follow each other without a gap).
     """
 
     def __init__(self, spec, ids, labels=None):

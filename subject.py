@@ -14,8 +14,8 @@ import volume as vol
 from splits import MissingFile, find_file
 from volume import DataError
 
-TRAVEL = ('task', 'spatial_dims', 'spacing', 'image_size', 'context', 'frames', 'frame_spacing', 'frame_interval', 'resample',
-          'scaling', 'unit_scale', 'num_classes', 'target_names')
+TRAVEL = ('task', 'spatial_dims', 'spacing', 'image_size', 'context', 'frames', 'frame_spacing', 'frame_interval',
+          'resample', 'scaling', 'unit_scale', 'num_classes', 'target_names')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ class Subject:
 
 
 def stack_slices(source, context):
-    """Slices with `context` neighbours on either side, the lowest first, as channels: (N, C, *S) -> (N, (2k + 1) C, *S).
+    """Slices with k = context neighbours on either side as channels: (N, C, *S) -> (N, (2k + 1) C, *S), the lowest first.
 
     Beyond the first and the last slice the neighbours are background, -1.
     """

@@ -7,6 +7,8 @@ torchrun --nproc_per_node=4 train_aae.py   several GPUs; run any of these again 
 """
 
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import torch

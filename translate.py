@@ -127,7 +127,7 @@ def starting_noise(key, shape, k, device):
 
 @torch.no_grad()
 def translate(run, model, source, key, how, label=None):
-    """Translate the items of one subject: source (N, C, *S), as Subject.stacked has it -> pred (N, K, *S), std (N, K, *S) or None, as scaled.
+    """Translate the items of one subject: pred (N, K, *S), std (N, K, *S) or None, as scaled, from its Subject.stacked.
 
     All slices start from the same noise, keyed by `key` = subject ID. how.samples latents are averaged before decoding;
     std is over the decoded samples. how.mirror: all of it once more for the mirrored source, and the mean of both
