@@ -167,7 +167,7 @@ class Subject:
 
 
 def stack_slices(source, context):
-    """Slices with k = context neighbours on either side as channels: (N, C, *S) -> (N, (2k + 1) C, *S), the lowest first.
+    """Slices with their k = context neighbours on either side, the lowest first: (N, C, *S) -> (N, (2k + 1) C, *S).
 
     Beyond the first and the last slice the neighbours are background, -1.
     """
