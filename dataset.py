@@ -54,7 +54,7 @@ class Cohort(torch.utils.data.Dataset):
             raise DataError('no subject to train on: the list is empty; write one ID a line.')
         self.spec, self.ids = spec, list(ids)
         self.labels = [(labels or {}).get(id, spec.num_classes) for id in self.ids]
-        self.source_channels, self.target_channels = (spec.frames or 1) * (2 * spec.context + 1), len(spec.target_names)
+        self.source_channels, self.target_channels = spec.source_channels, len(spec.target_names)
         _make_folder(cache)
         self.files = _build_all(spec, self.ids, cache)  # (path, offset, shape) of each subject
         self.ends = np.cumsum([shape[0] for _, _, shape in self.files])

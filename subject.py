@@ -57,6 +57,11 @@ class Spec:
         values['frames'] = int(values.get('frames') or 0) or None
         return cls(**values)
 
+    @property
+    def source_channels(self):
+        """Channels of a source as the networks see it: frames, times the slices that `context` puts side by side."""
+        return (self.frames or 1) * (2 * self.context + 1)
+
     def travel(self):
         """The part that a checkpoint keeps: plain numbers, strings, lists and dicts."""
         plain = {name: getattr(self, name) for name in TRAVEL}

@@ -160,23 +160,25 @@ class TimedStage:
 
 
 def made_cohort(folder, count):
-    """dataset.Cohort over made samples: an ellipsoid of noise with a small lesion, in real cache files."""
+    """dataset.Cohort over made samples: ellipsoids of noise with a small lesion, in real cache files of 4 slices or 1."""
     class MadeCohort(dataset.Cohort):
         def __init__(self, spec, ids, labels=None):
-            self.spec, self.ids, self.size = spec, [f'made_{i}' for i in range(count)], tuple(spec.image_size)
-            self.labels = [i % spec.num_classes if spec.num_classes else 0 for i in range(count)]
-            self.source_channels, self.target_channels = spec.frames or 1, len(spec.target_names)
+            each = 4 if spec.spatial_dims == 2 else 1
+            self.spec, self.size, files = spec, tuple(spec.image_size), -(-count // each)
+            self.ids = [f'made_{i}' for i in range(files)]
+            self.labels = [i % spec.num_classes if spec.num_classes else 0 for i in range(files)]
+            self.source_channels, self.target_channels = spec.source_channels, len(spec.target_names)
             rng, self.files = np.random.default_rng(0), []
             place = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in self.size], indexing='ij'))
             mask = ((place ** 2).sum(0) < 0.8).astype(np.float32)
             lesion = (((place - 0.2) ** 2).sum(0) < 0.05).astype(np.float32)
-            for i in range(count):
-                parts = [rng.normal(0, 0.3, (1, *self.size)).astype(np.float32)
-                         for _ in range(self.source_channels + self.target_channels)]
-                items = np.concatenate([np.where(mask > 0, p, -1) for p in parts] + [mask[None], lesion[None]])[None]
+            regions = np.broadcast_to(np.stack([mask, lesion]), (each, 2, *self.size))
+            for i in range(files):
+                images = rng.normal(0, 0.3, (each, (spec.frames or 1) + self.target_channels, *self.size))
+                items = np.concatenate([np.where(mask > 0, images, -1), regions], axis=1)
                 np.save(Path(folder) / f'{i}.npy', items.astype(np.float32))
                 self.files.append(dataset._open_cache(Path(folder) / f'{i}.npy'))
-            self.ends = np.arange(1, count + 1)
+            self.ends = np.arange(1, files + 1) * each
     return MadeCohort
 
 
@@ -187,7 +189,7 @@ def settings(preset, words=()):
 
 def networks(run, cfg):
     """The untrained networks of stage 3 as a Model."""
-    place, channels = run.place, (cfg.frames or 1, len(cfg.targets))
+    place, channels = run.place, (dataset.Spec.from_settings(cfg).source_channels, len(cfg.targets))
     aae = place(AAE(cfg.spatial_dims, channels[1], cfg.latent_channels, cfg.aae_channels, cfg.aae_blocks))
     unet = place(UNet(cfg.spatial_dims, cfg.latent_channels, channels[0], cfg.unet_channels, cfg.unet_blocks,
                        cfg.unet_attention, cfg.cond_channels, cfg.cond_width, cfg.num_classes, cfg.dropout,
@@ -282,7 +284,7 @@ def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
     model = networks(run, cfg).eval()
     whole = items_of(cfg)
     items = items or whole
-    source = np.random.default_rng(0).normal(0, 0.3, (items, cfg.frames or 1, *cfg.image_size)).astype(np.float32)
+    source = np.random.default_rng(0).normal(0, 0.3, (items, dataset.Spec.from_settings(cfg).source_channels, *cfg.image_size)).astype(np.float32)
 
     def subject(sampler, steps):
         way = Sampling(sampler, steps, mirror=cfg.mirror, eval_batch=cfg.eval_batch)

@@ -29,13 +29,13 @@ def test_plain_modules_are_the_same_networks(preset):
     # Ratios against plain modules mean nothing unless these do the same work.
     cfg = config.load('', ['--preset', preset])
     size = (32,) * cfg.spatial_dims
-    channels, frames = len(cfg.targets), cfg.frames or 1
+    channels, sources = len(cfg.targets), timing.dataset.Spec.from_settings(cfg).source_channels
     with torch.device('meta'):
-        image, source = torch.empty(1, channels, *size), torch.empty(1, frames, *size)
+        image, source = torch.empty(1, channels, *size), torch.empty(1, sources, *size)
         z, t = torch.empty(1, cfg.latent_channels, *[n // 4 for n in size]), torch.zeros(1, dtype=torch.long)
         aae = cfg.spatial_dims, channels, cfg.latent_channels, cfg.aae_channels, cfg.aae_blocks
         disc = cfg.spatial_dims, channels, cfg.disc_channels
-        unet = (cfg.spatial_dims, cfg.latent_channels, frames, cfg.unet_channels, cfg.unet_blocks, cfg.unet_attention,
+        unet = (cfg.spatial_dims, cfg.latent_channels, sources, cfg.unet_channels, cfg.unet_blocks, cfg.unet_attention,
                 cfg.cond_channels, cfg.cond_width, cfg.num_classes)
         pairs = [(cost(AAE(*aae), image), cost(plain.PlainAAE(*aae), image)),
                  (cost(Discriminator(*disc), image), cost(plain.PlainDiscriminator(*disc), image)),

@@ -76,6 +76,7 @@ def test_an_unknown_name_names_the_nearest():
     (('--image_size', '(4, 72)'), 'multiples of 4'),
     (('--image_size', "('a', 'b')"), 'multiples of 4'),
     (('--spacing', '(3, 3)'), 'needs 3 values'),
+    (('--preset', 'mri2pet_demo', '--context', '1'), 'is for slices'),
     (('--scaling', "{'source': ('range', 0, 100)}"), 'no entry for adc, dwi'),
     (('--scaling', "{'source': ('range', 9, 1), 'dwi': ('median', 0, 3), 'adc': ('range', 0, 1)}"), "'source'"),
     (('--targets', '{}'), 'targets is empty'),

@@ -480,12 +480,32 @@ def test_samples_are_the_subjects():
     for place, z in enumerate(brain):
         sample = cohort[first + place]
         for name in ('source', 'target', 'mask', 'lesion'):
-            assert sample[name].dtype == torch.float32 and np.array_equal(
-                sample[name].numpy(), getattr(subject, name)[z]
-            )
+            wanted = subject.stacked if name == 'source' else getattr(subject, name)
+            assert sample[name].dtype == torch.float32 and np.array_equal(sample[name].numpy(), wanted[z])
         assert sample['label'] == 0 and sample['index'] == first + place and sample['index'].dtype == torch.int64
     assert cohort[0]['label'] == 1
-    assert (cohort.ids, cohort.source_channels, cohort.target_channels) == (['s01', 's02'], 6, 2)
+    assert (cohort.ids, cohort.source_channels, cohort.target_channels) == (['s01', 's02'], 18, 2)
+
+
+@pytest.mark.parametrize('context', [0, 1, 2])
+def test_slices_come_with_their_neighbours(context):
+    """Training and inference see the same: the slices below, the slice, those above, background beyond the ends."""
+    write_stroke()
+    subject = dataset.load_subject(spec('--context', str(context)), 's02')
+    n, frames = len(subject.source), 6
+    assert subject.stacked.shape[1] == frames * (2 * context + 1) == subject.spec.source_channels
+    for z in range(n):
+        for j, at in enumerate(range(z - context, z + context + 1)):
+            part = subject.stacked[z, j * frames:(j + 1) * frames]
+            assert np.array_equal(part, subject.source[at]) if 0 <= at < n else (part == -1).all()
+    cohort = dataset.Cohort(subject.spec, ['s01', 's02'])
+    brain = subject.mask.any(axis=(1, 2, 3))
+    assert np.array_equal(cohort.subject_items(1)['source'].numpy(), subject.stacked[brain])
+
+
+def test_the_cache_does_not_depend_on_the_neighbours():
+    write_stroke()
+    assert dataset.Cohort(spec('--context', '2'), ['s01']).files == dataset.Cohort(spec('--context', '0'), ['s01']).files
 
 
 def test_no_lesion_file_is_a_lesion_of_zeros():
@@ -588,7 +608,7 @@ def test_memory_does_not_grow_with_the_cohort():
     """Reading every sample of a 60 MB cache leaves the process about where it was after the first ones."""
     ids = ['s01', 's02', 's03', 's04', 's05', 's06']
     write_stroke(ids=ids)
-    cohort = dataset.Cohort(spec('--frames', '200', '--image_size', '(64, 72)'), ids)
+    cohort = dataset.Cohort(spec('--frames', '200', '--context', '0', '--image_size', '(64, 72)'), ids)
     assert sum(os.path.getsize(path) for path, _, _ in cohort.files) > 60e6
 
     def resident_after(indices):
@@ -630,7 +650,7 @@ def same(one, other):
 
 def test_batches_are_a_function_of_seed_rank_and_step(cohort):
     batches = draw(dataset.loader(cohort, 4, seed=5, start_step=0), 12)
-    assert batches[0]['source'].shape == (4, 6, 16, 20) and batches[0]['label'].dtype == torch.int64
+    assert batches[0]['source'].shape == (4, 18, 16, 20) and batches[0]['label'].dtype == torch.int64
     assert same(batches[7:], draw(dataset.loader(cohort, 4, seed=5, start_step=7), 5))
     assert not same(batches, draw(dataset.loader(cohort, 4, seed=6, start_step=0), 12))
     count = len(cohort)

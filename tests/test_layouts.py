@@ -137,7 +137,7 @@ def test_layout(layout, repo, monkeypatch, capsys):
     spec = dataset.Spec.from_settings(cfg)
     labels = dataset.read_labels(cfg.data_info, ids, cfg.num_classes) if cfg.num_classes else None
     sample = dataset.Cohort(spec, ids, labels)[0]
-    assert sample['source'].shape[0] == (cfg.frames or 1) and sample['target'].shape[0] == len(cfg.targets)
+    assert sample['source'].shape[0] == spec.source_channels and sample['target'].shape[0] == len(cfg.targets)
     subject = dataset.load_subject(spec, ids[0])
     original, truth = nib.load(spec.path('source', ids[0])), subject.truth()
     for name, image in subject.to_native(subject.target).items():

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import config
+import dataset
 import layers
 from model import AAE, Discriminator, PixelUNet, UNet, count_parameters, fingerprint
 
@@ -258,17 +259,21 @@ def test_source_whitening_brings_the_channels_in_the_mask_to_unit_size(dims, cha
 # ------------------------------------------------------------------------------------------------------------------
 # The networks of the presets
 
+def source_channels(cfg):
+    return dataset.Spec.from_settings(cfg).source_channels
+
+
 def build(cfg):
     """All networks of a preset: dict name -> network."""
-    targets, frames, dims = len(cfg.targets), cfg.frames or 1, cfg.spatial_dims
+    targets, dims, channels = len(cfg.targets), cfg.spatial_dims, source_channels(cfg)
     return dict(
         aae=AAE(dims, targets, cfg.latent_channels, cfg.aae_channels, cfg.aae_blocks),
         disc=Discriminator(dims, targets, cfg.disc_channels),
-        unet=UNet(dims, cfg.latent_channels, frames, cfg.unet_channels, cfg.unet_blocks, cfg.unet_attention,
+        unet=UNet(dims, cfg.latent_channels, channels, cfg.unet_channels, cfg.unet_blocks, cfg.unet_attention,
                   cfg.cond_channels, cfg.cond_width, cfg.num_classes, cfg.dropout, cfg.checkpointing),
-        detail=PixelUNet(dims, frames, targets, True, cfg.detail_channels,
+        detail=PixelUNet(dims, channels, targets, True, cfg.detail_channels,
                          feature_channels=cfg.cond_channels + cfg.unet_channels[0]),
-        regression=PixelUNet(dims, frames, targets, False, cfg.regression_channels))
+        regression=PixelUNet(dims, channels, targets, False, cfg.regression_channels))
 
 
 @pytest.mark.parametrize('preset', config.PRESETS)
@@ -278,7 +283,7 @@ def test_networks_of_every_preset(preset):
     with torch.device('meta'):
         nets = build(cfg)
         image = torch.empty(1, len(cfg.targets), *cfg.image_size)
-        source = torch.empty(1, cfg.frames or 1, *cfg.image_size)
+        source = torch.empty(1, source_channels(cfg), *cfg.image_size)
         z = nets['aae'].encode(image)
         out, features = nets['unet'](z, torch.zeros(1, dtype=torch.long), source=source, features=True)
         assert features.shape[1] == nets['unet'].feature_channels
@@ -303,7 +308,7 @@ def test_full_size_2d_networks_take_a_training_step():
     cfg = config.load('', argv=['--preset', 'ctp2dwi'])
     nets = build(cfg)
     nets.pop('regression')
-    source, image = torch.randn(1, cfg.frames, 16, 16), torch.randn(1, len(cfg.targets), 16, 16)
+    source, image = torch.randn(1, source_channels(cfg), 16, 16), torch.randn(1, len(cfg.targets), 16, 16)
     before = nets['unet'].out[-1].weight.detach().clone()
     params = [p for name in ('aae', 'unet', 'detail') for p in nets[name].parameters()]
     z = nets['aae'].encode(image)

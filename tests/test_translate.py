@@ -1,0 +1,41 @@
+"""From source to prediction, with networks of random weights."""
+import numpy as np
+import pytest
+import torch
+
+import utils
+from diffusion import Diffusion
+from model import AAE, PixelUNet, UNet
+from translate import Model, Sampling, translate
+
+
+def model(dims, kind):
+    torch.manual_seed(0)
+    regression = PixelUNet(dims, 3, 2, False, (8, 8))
+    unet = UNet(dims, 4, 3, (8, 16), 1, (), 4, 8)
+    detail = PixelUNet(dims, 3, 2, True, (8, 8), feature_channels=unet.feature_channels)
+    found = Model(AAE(dims, 2, 4, (8, 8, 8)), unet, Diffusion(), detail if kind == 'detail' else None,
+                  regression if kind == 'regression' else None)
+    for net in (found.aae, unet, detail, regression):
+        for p in net.parameters():  # the layers that start at zero, too
+            p.data = torch.randn_like(p) * 0.1
+    return found.eval()
+
+
+@pytest.mark.parametrize('dims', [2, 3])
+@pytest.mark.parametrize('kind, samples', [('regression', 1), ('latent', 1), ('detail', 1), ('detail', 3)])
+def test_the_mean_with_the_mirrored_source_is_symmetric(dims, kind, samples):
+    """Mirrored source, mirrored prediction and std: exactly so with `mirror`, far from it without."""
+    net, run = model(dims, kind), utils.Run('cpu', 'fp32')
+    source = np.random.default_rng(0).normal(size=(3, 3, *(16, 8, 8)[:dims])).astype(np.float32)
+
+    def images(mirror):
+        how = Sampling(samples=samples, mirror=mirror, eval_batch=2)
+        return [translate(run, net, x, 'sub', how) for x in (source, source[:, :, ::-1])]
+
+    for image, other in zip(*images(True), strict=True):
+        assert image is other is None or np.allclose(image[:, :, ::-1], other, atol=1e-4)
+    plain, mirrored = images(False)
+    assert not np.allclose(plain[0][:, :, ::-1], mirrored[0], atol=1e-2)
+    assert np.allclose(images(True)[0][0], (plain[0] + mirrored[0][:, :, ::-1]) / 2, atol=1e-4)
+    assert (plain[1] is None) == (samples == 1 or kind == 'regression')
