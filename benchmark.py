@@ -6,7 +6,9 @@ python benchmark.py --peer monai       MONAI's rows as well (from an environment
 python benchmark.py --only il_cldm     rows whose name contains this (or matches it, with * and ?)
 
 Run it again to go on with what is missing; --restart begins anew. Quote ratios of one run on a quiet machine only: the
-column others_cores says how many cores other processes kept busy meanwhile.
+column others_cores says how many cores other processes kept busy meanwhile, and speed how fast the best convolution was
+just before and after a row, against the peak rows (a virtual machine's neighbours do not show otherwise). The share of
+the peak is that of the peak at the time: gflops / (speed x the peak row's).
 """
 
 import argparse
@@ -26,8 +28,8 @@ from stage import git_state
 from utils import RunError, cli, write_atomic
 
 COLUMNS = ('name', 'row', 'seconds_step', 'seconds_subject', 'memory_mb', 'memory_import_mb', 'tflop', 'gflops',
-           'share_of_peak', 'loading', 'batch', 'size', 'parameters', 'precision', 'steps', 'others_cores', 'note',
-           'machine', 'code')
+           'share_of_peak', 'speed', 'loading', 'batch', 'size', 'parameters', 'precision', 'steps', 'others_cores',
+           'note', 'machine', 'code')
 
 # ------------------------------------------------------------------------------------------------------------------
 # The rows: name -> (function of timing, plain or peers, its arguments). What is smaller than the preset says so.
@@ -191,6 +193,17 @@ def run_row(name, args):
     return [row | dict(others_cores=others) for row in found]
 
 
+def peak_now(row):
+    """GFLOP/s at this moment of the convolution of a peak row; None without one."""
+    if not row:
+        return None
+    import timing
+    _, conv, precision, layout = row['name'].split('/')
+    size = tuple(int(n) for n in row['size'].split('x'))
+    work = timing.peak_work(int(conv[4]), precision, layout, size, int(row['batch']))
+    return timing.repeat(work, least=9, budget=0)['gflops']
+
+
 def read(path):
     if not path.exists():
         return []
@@ -333,7 +346,10 @@ def main():
     for name in wanted:
         if name in {r['row'] for r in kept}:
             continue
+        best = max((r for r in kept if r['row'] == 'peak'), key=lambda r: float(r['gflops']), default=None)
+        before = peak_now(best)
         lines = run_row(name, args)
+        now = [speed for speed in (before, peak_now(best)) if speed]
         if isinstance(lines, str):
             failed.append(f'{name}: {lines}')
             print(failed[-1])
@@ -341,7 +357,9 @@ def main():
         kept += [dict(row=name, **line, **same) for line in lines]
         peak = max([float(r['gflops']) for r in kept if r['row'] == 'peak'], default=None)
         for line in kept[-len(lines):]:
-            line['share_of_peak'] = line['gflops'] / peak if peak and line.get('gflops') else None
+            line['speed'] = statistics.mean(now) / peak if now else None
+            known = peak and line.get('gflops')
+            line['share_of_peak'] = line['gflops'] / (peak * (line['speed'] or 1)) if known else None
             print(describe(line), flush=True)
         with open(path, 'a', newline='', encoding='utf-8') as f:
             write(f, kept[-len(lines):])

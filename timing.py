@@ -160,7 +160,7 @@ class TimedStage:
 
 
 def made_cohort(folder, count):
-    """dataset.Cohort over made samples: ellipsoids of noise with a small lesion, in real cache files of 4 slices or 1."""
+    """dataset.Cohort over made samples: ellipsoids of noise with a small lesion, files of 4 slices or a volume."""
     class MadeCohort(dataset.Cohort):
         def __init__(self, spec, ids, labels=None):
             each = 4 if spec.spatial_dims == 2 else 1
@@ -284,7 +284,8 @@ def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
     model = networks(run, cfg).eval()
     whole = items_of(cfg)
     items = items or whole
-    source = np.random.default_rng(0).normal(0, 0.3, (items, dataset.Spec.from_settings(cfg).source_channels, *cfg.image_size)).astype(np.float32)
+    shape = items, dataset.Spec.from_settings(cfg).source_channels, *cfg.image_size
+    source = np.random.default_rng(0).normal(0, 0.3, shape).astype(np.float32)
 
     def subject(sampler, steps):
         way = Sampling(sampler, steps, mirror=cfg.mirror, eval_batch=cfg.eval_batch)
@@ -305,20 +306,24 @@ def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
 
 def peak_rows(size_2d=(192, 224), size_3d=(40, 48, 40), batch=4, **how):
     """GFLOP/s of 3x3(x3) convolutions 64 -> 64: 2D and 3D, fp32 and bf16, contiguous and channels-last."""
-    rows, device = [], utils.Run().device
+    rows = []
     for dims, size in ((2, size_2d), (3, size_3d)):
-        for dtype in (torch.float32, torch.bfloat16):
-            for last in (False, True):
-                layout = [torch.channels_last, torch.channels_last_3d][dims - 2] if last else torch.contiguous_format
-                layer = (torch.nn.Conv2d if dims == 2 else torch.nn.Conv3d)(64, 64, 3, padding=1)
-                layer = layer.to(device, dtype, memory_format=layout)
-                x = torch.randn(batch, 64, *size, device=device).to(dtype).contiguous(memory_format=layout)
-                with torch.no_grad():
-                    row = repeat(lambda layer=layer, x=x: layer(x), **how)
-                name = 'bf16' if dtype == torch.bfloat16 else 'fp32'
-                rows.append(row | dict(name=f'peak/conv{dims}d/{name}/{"channels_last" if last else "contiguous"}',
-                                       precision=name, size='x'.join(map(str, size)), batch=batch, loading=None))
+        for precision in ('fp32', 'bf16'):
+            for layout in ('contiguous', 'channels_last'):
+                row = repeat(peak_work(dims, precision, layout, size, batch), **how)
+                rows.append(row | dict(name=f'peak/conv{dims}d/{precision}/{layout}', precision=precision,
+                                       size='x'.join(map(str, size)), batch=batch, loading=None))
     return rows
+
+
+def peak_work(dims, precision, layout, size, batch):
+    """A function that does one such convolution."""
+    device, dtype = utils.Run().device, torch.bfloat16 if precision == 'bf16' else torch.float32
+    last = torch.channels_last if dims == 2 else torch.channels_last_3d
+    form = dict(memory_format=last if layout == 'channels_last' else torch.contiguous_format)
+    layer = (torch.nn.Conv2d if dims == 2 else torch.nn.Conv3d)(64, 64, 3, padding=1).to(device, dtype, **form)
+    x = torch.randn(batch, 64, *size, device=device).to(dtype).contiguous(**form)
+    return torch.no_grad()(lambda: layer(x))
 
 
 def cohort_rows(counts=(2, 8), shape=(64, 76, 25), words=()):

@@ -158,6 +158,7 @@ def run_benchmark(monkeypatch):
         benchmark.main()
 
     monkeypatch.setattr(benchmark, 'rows', lambda peer: dict.fromkeys(['peak', 'a', 'b', 'c', 'd']))
+    monkeypatch.setattr(benchmark, 'peak_now', lambda row: row and 160.0)
     return call, measured
 
 
@@ -173,7 +174,8 @@ def test_an_interrupted_run_goes_on(run_benchmark, capsys):
     assert kept == ['peak', 'a', 'b'] and measured == ['c', 'd']
     table = benchmark.read(benchmark.Path('result/benchmark.csv'))
     assert [r['name'] for r in table] == ['peak/1', 'peak/2', 'a', 'b', 'c', 'd']
-    assert [r['share_of_peak'] for r in table] == ['0.5', '1', '0.25', '0.25', '0.25', '0.25']
+    assert [r['share_of_peak'] for r in table] == ['0.5', '1'] + 4 * ['0.3125']
+    assert [r['speed'] for r in table] == ['', ''] + 4 * ['0.8']
     measured.clear()
     call('--restart', '--only', 'a')
     assert measured == ['peak', 'a']  # both names hold an a
