@@ -6,7 +6,6 @@ python train_aae.py --batch_size 16        the same with one setting changed
 torchrun --nproc_per_node=4 train_aae.py   several GPUs; run any of these again to resume, --restart begins anew
 """
 
-
 from dataclasses import replace
 
 import numpy as np
