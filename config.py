@@ -161,17 +161,15 @@ PRESETS = {
     'lapt': dict(
         exp='exp_lapt', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),
         scaling={'source': ('range', 0, 200), 'dwi': ('quantile', 0.005, 0.995), 'adc': ('quantile', 0.005, 0.995)},
-        context=0, latent_channels=3, normalise_latents=False,
-        aae_channels=(64, 128, 256), aae_blocks=2, disc_channels=(64, 128),
-        unet_channels=(224, 896, 1792), unet_attention=(1, 2), cond_channels=15, cond_width=64, detail_branch=False,
+        context=0, latent_channels=3, normalise_latents=False, aae_channels=(64, 128, 256), aae_blocks=2,
+        disc_channels=(64, 128), unet_channels=(224, 896, 1792), unet_attention=(1, 2), cond_channels=15, cond_width=64,
+        detail_branch=False,
         predict='eps', schedule='scaled_linear', loss_weight='none', last_step_share=0, label_drop=0,
         aae_steps=100000, unet_steps=200000, post_steps=20000, batch_size=6,
         lr=4.8e-5, aae_lr=4.5e-6 * 8, post_lr=1.2e-5, warmup=1,
         optimizer='adam', ema=0.9999, eval_every=5000, save_every=1000, disc_start=5000, disc_ramp=1,
-        flip=False, shift=0,
-        post_loss='lapt', lambda_t='linear', w_diffusion=1.0, w_image=0.01, w_lesion=0.02,
-        post_last_step_share=0, tune_decoder=False,
-        sampler='ddim', num_steps=50, mirror=False),
+        flip=False, shift=0, post_loss='lapt', lambda_t='linear', w_diffusion=1.0, w_image=0.01, w_lesion=0.02,
+        post_last_step_share=0, tune_decoder=False, sampler='ddim', num_steps=50, mirror=False),
     # Departures of il_cldm: the label is known in training and absent at sampling as published, but through the learned
     # "unknown" embedding; stage 3 does not exist there (post_steps = 0); best checkpoint by psnr alone; 999 steps
     # become T; no norms in the decoder at full resolution.

@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 import check
 from splits import find_ids, label_of, make_splits, read_labels, read_lists, read_split, read_table
-from subject import Spec, Subject, load_subject, scaling_range, stack_slices
+from subject import Spec, Subject, load_subject, scaling_range
 from volume import DataError, failure, write_volume
 
 __all__ = ['Spec', 'Subject', 'Cohort', 'DataError', 'load_subject', 'loader', 'augment', 'read_split', 'read_labels',
-           'read_lists', 'make_splits', 'scaling_range', 'stack_slices', 'write_volume']
+           'read_lists', 'make_splits', 'scaling_range', 'write_volume']
 
 CACHE_VERSION = 2  # raise it when the preprocessing changes: older caches are then built anew
 

@@ -163,3 +163,15 @@ def derive_mask(mean):
         return np.zeros(mean.shape, bool)
     largest = np.bincount(parts.ravel())[1:].argmax() + 1
     return ndimage.binary_fill_holes(parts == largest)
+
+
+def stack_slices(source, context):
+    """Slices with their k = context neighbours on either side, the lowest first: (N, C, *S) -> (N, (2k + 1) C, *S).
+
+    Beyond the first and the last slice the neighbours are background, -1.
+    """
+    if not context:
+        return source
+    beyond = np.full((context, *source.shape[1:]), -1, source.dtype)
+    padded = np.concatenate([beyond, source, beyond])
+    return np.concatenate([padded[i:i + len(source)] for i in range(2 * context + 1)], axis=1)

@@ -133,6 +133,7 @@ def main():
              'tutorial_widths': (False, "the tutorial's widths instead of the settings'"),
              'only_validation': (False, 'leave the test split alone')}
     cfg = config.load(__doc__, extra=extra)
+    peers.load_monai()
     cfg.context = 0
     for name, value in (TUTORIAL if cfg.tutorial_widths else {}).items():
         setattr(cfg, name, value)

@@ -61,8 +61,8 @@ def load_monai():
         from monai import inferers, losses
         from monai.networks import nets, schedulers
     except ImportError as err:
-        raise utils.RunError(f'--peer monai needs MONAI and einops ({err}); pip install monai einops into another '
-                             'environment and run benchmark.py with its python') from None
+        raise utils.RunError(f'this needs MONAI and einops ({err}); pip install monai einops into another environment '
+                             'and run the script with its python') from None
     timing.BASE.append(timing.peak_mb())
     return nets, schedulers, inferers, losses
 

@@ -122,7 +122,7 @@ class Subject:
     @property
     def stacked(self):
         """The source as the networks see it: (N, (2 context + 1) C, *S), each slice between its neighbours."""
-        return stack_slices(self.source, self.spec.context)
+        return grids.stack_slices(self.source, self.spec.context)
 
     @property
     def spacing(self):
@@ -169,18 +169,6 @@ class Subject:
                 array = grids.fill_nearest(moved, share[0] > 0.01, self.native_mask)[0]
             truth[name] = vol.to_units(array, self.spec.scaling[name], limits)
         return truth
-
-
-def stack_slices(source, context):
-    """Slices with their k = context neighbours on either side, the lowest first: (N, C, *S) -> (N, (2k + 1) C, *S).
-
-    Beyond the first and the last slice the neighbours are background, -1.
-    """
-    if not context:
-        return source
-    beyond = np.full((context, *source.shape[1:]), -1, source.dtype)
-    padded = np.concatenate([beyond, source, beyond])
-    return np.concatenate([padded[i:i + len(source)] for i in range(2 * context + 1)], axis=1)
 
 
 def _as_volume(array, spatial_dims):

@@ -17,7 +17,7 @@ LEAVES = {'config', 'dataset', 'model', 'diffusion', 'losses', 'metrics', 'utils
           'anatomy', 'stroke', 'amyloid', 'describe',            # the parts of phantom.py
           'experiment', 'charts', 'montage', 'report'}           # the parts of plot.py
 SCRIPTS = {'phantom', 'translate', 'evaluate', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot', 'benchmark',
-           'study', 'timing', 'plain', 'peers'}                          # three are the parts of benchmark.py
+           'study', 'timing', 'plain', 'peers', 'monai_ldm'}             # three are the parts of benchmark.py
 MORE = {                                                         # what else a file may import of ours
     'model': {'layers'},
     'stage': {'utils'},
@@ -33,6 +33,7 @@ MORE = {                                                         # what else a f
     'timing': {'train_aae', 'train_unet', 'post_train', 'translate'},
     'plain': {'timing', 'train_aae', 'train_unet'},
     'peers': {'timing'},
+    'monai_ldm': {'peers', 'evaluate', 'translate'},
 }
 TRAINING = {'train_aae', 'train_unet', 'post_train'}
 MAX_LINES = 380
