@@ -66,10 +66,11 @@ REGRESSION = f'{UNET} --regression True'
 ALL, BOTH, THREE = (AAE, UNET, f'{REGRESSION} --w_lesion 0', POST), ('test', 'shifted'), (0, 1, 2)
 LATENT = f'{POST} --detail_branch False'
 LAPT_LOSS = '--post_loss lapt --w_diffusion 1 --w_image 0.01 --w_lesion 0.02'
-LAPT = '--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam'
+LAPT = '--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam --context 0'
 ILCLDM = ('--predict eps --schedule linear --normalise_latents False --last_step_share 0 --latent_channels 1 '
           '--label_drop 0 --optimizer adam')
 DDIM = '--sampler ddim --num_steps 50'
+PAPER_DDIM = f'{DDIM} --mirror False'
 
 TRIALS = [
     # Stroke. The rivals have the time of all of our stages.
@@ -82,6 +83,9 @@ TRIALS = [
     Trial('stroke/no_detail', 'post-training without detail branch', (LATENT,), 'stroke/ours'),
     Trial('stroke/regression_plain', 'the same without lesion weight',
           (f'{REGRESSION} --regression_steps 2600 --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, BOTH),
+    Trial('stroke/regression_slices', 'the same on single slices, not mirrored',
+          (f'{REGRESSION} --regression_steps 2600 --w_lesion 0 --context 0',), 'stroke/ours',
+          '--stage regression --mirror False'),
     Trial('stroke/lapt_loss', "without detail branch, LAPT's loss and weights", (f'{LATENT} {LAPT_LOSS}',),
           'stroke/ours'),
     Trial('stroke/ddim50', '50 DDIM steps', (), 'stroke/ours', DDIM),
@@ -92,16 +96,18 @@ TRIALS = [
           'stroke/ours'),
     Trial('stroke/no_detail_weight_2', 'without detail branch, w_lesion 2', (f'{LATENT} --w_lesion 2',), 'stroke/ours'),
     Trial('stroke/no_detail_weight_0', 'without detail branch, w_lesion 0', (f'{LATENT} --w_lesion 0',), 'stroke/ours'),
-    Trial('stroke/weight_02', 'w_lesion 0.2', (f'{POST} --w_lesion 0.2',), 'stroke/ours'),
+    Trial('stroke/weight_05', 'w_lesion 0.5', (f'{POST} --w_lesion 0.5',), 'stroke/ours'),
     Trial('stroke/weight_1', 'w_lesion 1', (f'{POST} --w_lesion 1',), 'stroke/ours'),
+    Trial('stroke/not_mirrored', 'without the mean with the mirrored source', (), 'stroke/ours', '--mirror False'),
     Trial('stroke/from_zero', 'detail branch from zero, all of its time for post-training',
           (f'{POST} --detail_channels (32,64) --post_lr 1e-3 --post_steps 800',), 'stroke/ours'),
     Trial('stroke/latent_regression', 'regression of the latent: stage 2 at t = T-1 only, equal time',
           (f'{UNET} --last_step_share 1 --unet_steps 2000',), 'stroke/ours', '--stage unet'),
     Trial('stroke/lapt', "LAPT's recipe at the demo's size, 50 DDIM steps, equal time",
-          (f'{AAE} {LAPT} {DDIM} --aae_steps 300', f'{UNET} {LAPT} {DDIM} --unet_steps 1200',
-           f'{POST} {LAPT_LOSS} {DDIM} --lambda_t linear --flip False --shift 0 --post_last_step_share 0 '
-           '--tune_decoder False --detail_branch False --optimizer adam --post_steps 300 --post_lr 1e-4'), '', DDIM),
+          (f'{AAE} {LAPT} {PAPER_DDIM} --aae_steps 300', f'{UNET} {LAPT} {PAPER_DDIM} --unet_steps 1200',
+           f'{POST} {LAPT_LOSS} {PAPER_DDIM} --lambda_t linear --flip False --shift 0 --post_last_step_share 0 '
+           '--tune_decoder False --detail_branch False --optimizer adam --post_steps 300 --post_lr 1e-4'), '',
+          PAPER_DDIM),
 
     # Amyloid.
     Trial('amyloid/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=BOTH),
@@ -118,7 +124,7 @@ TRIALS = [
           (f'{LATENT} --w_image 0 --w_lesion 0',), 'amyloid/ours'),
     Trial('amyloid/ddim50', '50 DDIM steps', (), 'amyloid/ours', DDIM),
     Trial('amyloid/il_cldm', "IL-CLDM's recipe at the demo's size, 50 DDIM steps",
-          (f'{AAE} {ILCLDM} {DDIM}', f'{UNET} {ILCLDM} {DDIM} --unet_steps 700'), '', DDIM),
+          (f'{AAE} {ILCLDM} {PAPER_DDIM}', f'{UNET} {ILCLDM} {PAPER_DDIM} --unet_steps 700'), '', PAPER_DDIM),
 ]
 BY_NAME = {trial.name: trial for trial in TRIALS}
 
@@ -210,14 +216,14 @@ COLUMNS = {
     'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error')}
 TABLES = [
     ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/no_detail'], BOTH),
-    ('Lesion weight', 'stroke/ours', ['stroke/weight_02', 'stroke/weight_1'], ('test',)),
+    ('Lesion weight', 'stroke/ours', ['stroke/weight_05', 'stroke/weight_1'], ('test',)),
     ('Loss, weights, decoder, without detail branch', 'stroke/no_detail',
      ['stroke/no_detail_weight_0', 'stroke/no_detail_weight_2', 'stroke/lapt_loss', 'stroke/frozen_decoder'],
      ('test',)),
-    ('Recipes, stroke', 'stroke/ours', ['stroke/regression', 'stroke/regression_plain', 'stroke/from_zero',
-                                        'stroke/latent_regression', 'stroke/lapt'], BOTH),
-    ('Sampling, stroke', 'stroke/ours', ['stroke/ddim2', 'stroke/ddim10', 'stroke/ddim50', 'stroke/samples4'],
-     ('test',)),
+    ('Recipes, stroke', 'stroke/ours', ['stroke/regression', 'stroke/regression_plain', 'stroke/regression_slices',
+                                        'stroke/from_zero', 'stroke/latent_regression', 'stroke/lapt'], BOTH),
+    ('Sampling, stroke', 'stroke/ours', ['stroke/ddim2', 'stroke/ddim10', 'stroke/ddim50', 'stroke/samples4',
+                                         'stroke/not_mirrored'], ('test',)),
     ('Label conditioning', 'amyloid/ours', ['amyloid/no_label', 'amyloid/never_dropped', 'amyloid/label_given',
                                             'amyloid/guidance2'], ('test',)),
     ('Recipes, amyloid', 'amyloid/ours', ['amyloid/stage2', 'amyloid/control', 'amyloid/regression', 'amyloid/ddim50',
