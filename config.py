@@ -96,7 +96,7 @@ post_loss = 'l1'                 # l1: against the real image; lapt: LAPT's squa
 lambda_t = 'constant'            # constant (1) or linear ((T-t)/T): weight of the pixel terms at time step t
 w_diffusion = 0.1                # weight of the diffusion loss in stage 3
 w_image = 0.5                    # weight of the error in the brain mask
-w_lesion = 0.5                   # weight of the error in the lesion
+w_lesion = 0.3                   # weight of the error in the lesion
 lesion_floor = 0.1               # post_loss l1: a lesion below this share of the mask counts by its size, not fully
 post_last_step_share = 0.95      # last_step_share of stage 3
 detail_lr_scale = 1.0            # the learning rate of the detail branch is post_lr times this
@@ -120,7 +120,7 @@ out = None                       # output folder for --input
 _MRI2PET_DATA = dict(
     task='mri2pet', source='{root}/whole_MRI/{id}.nii', targets={'suvr': '{root}/whole_Abeta/{id}.nii'},
     mask='{root}/mask/{id}.nii',
-    lesion='{root}/roi/{id}.nii', spatial_dims=3, context=0, frames=None, num_classes=2,
+    lesion='{root}/roi/{id}.nii', w_lesion=0.5, spatial_dims=3, context=0, frames=None, num_classes=2,
     scaling={'source': ('quantile', 0.005, 0.995), 'suvr': ('range', 0, 3)}, unit_scale={'source': 1, 'suvr': 1})
 
 PRESETS = {
