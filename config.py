@@ -82,14 +82,14 @@ post_lr = 5e-4                   # of stage 3
 warmup = 50                      # steps of linear warm-up
 grad_clip = 1.0                  # largest norm of the gradient
 ema = 0.999                      # decay of the weight average, reached gradually
-eval_every = 150                 # steps between validations
-save_every = 150                 # steps between saves for resuming
+eval_every = 250                 # steps between validations
+save_every = 250                 # steps between saves for resuming
 w_adversarial = 1.0              # weight of the adversarial term against 100 x L1; 0 switches the discriminator off
 disc_start = 40                  # the discriminator trains from step 0, its loss counts from this step on
 disc_ramp = 40                   # ... and its weight rises over this many steps
 regression = False               # train_unet.py: train the baseline instead, a plain U-Net from source to target
 regression_channels = (32, 64, 96)  # its widths; with those of detail_channels stage 3 starts from it
-regression_steps = 1700          # its steps
+regression_steps = 1500          # its steps
 
 # Post-training
 post_loss = 'l1'                 # l1: against the real image; lapt: LAPT's squared error against the reconstruction

@@ -153,7 +153,7 @@ class SourceEncoder(nn.Module):
         super().__init__()
         self.whiten = SourceWhitening(dims, source_channels)
         self.layers = nn.Sequential(
-            conv(dims, source_channels, width, kernel=5, stride=2), ResBlock(dims, width, width),
+            conv(dims, self.whiten.kept, width, kernel=5, stride=2), ResBlock(dims, width, width),
             group_norm(width, silu=True), conv(dims, width, 2 * width, stride=2), ResBlock(dims, 2 * width, 2 * width),
             group_norm(2 * width, silu=True), conv(dims, 2 * width, cond_channels))
 
@@ -265,7 +265,7 @@ class PixelUNet(nn.Module):
         dims = spatial_dims
         self.whiten = SourceWhitening(dims, source_channels)
         self.share = nn.Parameter(torch.ones(image_channels)) if with_image else None  # g
-        self.conv_in = conv(dims, source_channels + image_channels * with_image, widths[0])
+        self.conv_in = conv(dims, self.whiten.kept + image_channels * with_image, widths[0])
         self.down, self.shrink, self.grow, self.up = nn.ModuleList(), nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
         for i, w in enumerate(widths):
             self.down.append(nn.Sequential(*self.level(dims, i, w, blocks)))

@@ -119,10 +119,11 @@ class PlainDiscriminator(nn.Module):
 class PlainSourceEncoder(nn.Module):
     def __init__(self, dims, c_in, c_out, w):
         super().__init__()
-        self.whiten = conv(dims, c_in, c_in, 1)
+        kept = min(c_in, 16)
+        self.whiten = conv(dims, c_in, kept, 1)
         self.whiten.start_from = lambda source, mask: None
         self.layers = nn.Sequential(
-            conv(dims, c_in, w, 5, 2), Block(dims, w, w), norm(w), nn.SiLU(), conv(dims, w, 2 * w, 3, 2),
+            conv(dims, kept, w, 5, 2), Block(dims, w, w), norm(w), nn.SiLU(), conv(dims, w, 2 * w, 3, 2),
             Block(dims, 2 * w, 2 * w), norm(2 * w), nn.SiLU(), conv(dims, 2 * w, c_out))
 
     def forward(self, source):

@@ -237,7 +237,7 @@ def test_detail_branch_started_as_a_regression_gives_its_image_and_learns_the_re
         assert float(weight.detach().abs().max()) == 0 and float(grad.abs().max()) > 0
 
 
-@pytest.mark.parametrize('dims, channels', [(2, 6), (3, 1)])
+@pytest.mark.parametrize('dims, channels', [(2, 6), (2, 40), (3, 1)])
 def test_source_whitening_brings_the_channels_in_the_mask_to_unit_size(dims, channels):
     torch.manual_seed(0)
     base = torch.randn(4, 1, *SIZES[dims])  # one signal that all channels share, and a hundredth of noise
@@ -248,10 +248,13 @@ def test_source_whitening_brings_the_channels_in_the_mask_to_unit_size(dims, cha
     net.start_from(source, mask)
     white = net(source).movedim(1, -1)[mask[:, 0] > 0]
     variance, mean = white.var(0), white.mean(0)
-    assert float(mean.abs().max()) < 0.02
+    assert float(mean.abs().max()) < 0.02 and white.shape[1] == min(channels, 16)
     if channels > 1:
         assert float(variance.max()) == pytest.approx(1, abs=0.02)
-        assert float(variance.median()) == pytest.approx(0.5, abs=0.05)  # noise alone comes to half
+        half = variance.median() if channels <= 16 else variance[-1]  # of many, the noisiest noise alone is kept
+        assert float(half) == pytest.approx(0.5, abs=0.05 if channels <= 16 else 0.2)  # noise alone comes to half
+        signal = torch.corrcoef(torch.stack([white[:, 0], base.movedim(1, -1)[mask[:, 0] > 0][:, 0]]))[0, 1]
+        assert abs(float(signal)) > 0.99  # the largest component comes first
         cov = torch.cov(white.T)
         assert float((cov - cov.diag().diag()).abs().max()) < 0.02
 
