@@ -279,7 +279,7 @@ STAGES = [
     Fault('the same in stage 1', 'train_aae.py $TINY --exp new --aae_steps 12 --aae_lr 1e30 --eval_every 100'),
     Fault('the same in stage 3', f'post_train.py $TINY {NEW} --post_steps 12 --post_lr 1e30 --eval_every 100'),
     Fault('a network that has blown up at a validation', f'train_unet.py $TINY {NEW} --unet_steps 12 --lr 1e30'),
-    Fault('a full disk at the first checkpoint', f'train_unet.py $TINY {NEW}', limit=64),
+    Fault('a full disk at the first checkpoint', f'train_unet.py $TINY {NEW}', limit=48),
     Fault('a full disk under the log', 'train_unet.py $TINY --unet_steps 4', limit=12,
           prepare=lambda: Path('result/exp_1/log.txt').write_text('x' * 12287)),
     Fault('a full disk under config.json', f'post_train.py $TINY {NEW}', limit=1),
