@@ -285,11 +285,9 @@ def short(value):
 
 
 def cpu_seconds(trial):
-    """CPU seconds of training, all stages, first seed; a trial that begins from another's stages adds theirs."""
-    path = trial.facts(trial.seeds[0])
-    if not trial.stages or not path.exists():
-        return ''
-    seconds = json.loads(path.read_text())['training_cpu_seconds']
+    """CPU seconds of training, all stages, of a seed that is known; one that begins from another's stages adds theirs."""
+    known = [json.loads(trial.facts(s).read_text()) for s in trial.seeds if trial.stages and trial.facts(s).exists()]
+    seconds = next((facts['training_cpu_seconds'] for facts in known if facts['training_cpu_seconds']), None)
     return f'{seconds}' + '+' * bool(trial.start) if seconds else ''
 
 
