@@ -285,7 +285,7 @@ def short(value):
 
 
 def cpu_seconds(trial):
-    """CPU seconds of training, all stages, of a seed that is known; one that begins from another's stages adds theirs."""
+    """CPU seconds of training, all stages, of one seed; a trial that begins from another's stages adds theirs."""
     known = [json.loads(trial.facts(s).read_text()) for s in trial.seeds if trial.stages and trial.facts(s).exists()]
     seconds = next((facts['training_cpu_seconds'] for facts in known if facts['training_cpu_seconds']), None)
     return f'{seconds}' + '+' * bool(trial.start) if seconds else ''
