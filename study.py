@@ -80,6 +80,8 @@ TRIALS = [
     Trial('stroke/control', 'latent network trained on as long with w_image = w_lesion = 0',
           (f'{LATENT} --w_image 0 --w_lesion 0',), 'stroke/ours', seeds=THREE, sets=BOTH),
     Trial('stroke/stage2', 'the latent network before post-training', (), 'stroke/ours', '--stage unet', THREE, BOTH),
+    Trial('stroke/start', 'the plain regression that stage 3 starts from', (), 'stroke/ours', '--stage regression',
+          THREE, BOTH),
     Trial('stroke/no_detail', 'post-training without detail branch', (LATENT,), 'stroke/ours'),
     Trial('stroke/regression_plain', 'the same without lesion weight',
           (f'{REGRESSION} --regression_steps 2600 --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, BOTH),
@@ -215,7 +217,8 @@ COLUMNS = {
                    lesion_detected='detected', false_lesion_ml='false lesion, ml', lesion_rim_mae='rim MAE'),
     'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error')}
 TABLES = [
-    ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/no_detail'], BOTH),
+    ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/start', 'stroke/no_detail'],
+     BOTH),
     ('Lesion weight', 'stroke/ours', ['stroke/weight_05', 'stroke/weight_1'], ('test',)),
     ('Loss, weights, decoder, without detail branch', 'stroke/no_detail',
      ['stroke/no_detail_weight_0', 'stroke/no_detail_weight_2', 'stroke/lapt_loss', 'stroke/frozen_decoder'],
