@@ -5,7 +5,8 @@ python benchmark.py                    the whole table, one process a row, kept 
 python benchmark.py --peer monai       MONAI's rows as well (from an environment that has monai and einops)
 python benchmark.py --only il_cldm     rows whose name contains this (or matches it, with * and ?)
 
-Run it again to go on with what is missing; --restart begins anew. Quote ratios of one run on a quiet machine only: the
+Run it again to go on with what is missing; --restart begins anew. What is compared is measured again step by step in
+turn (rows ratio/...): a machine's speed may change threefold within a minute. Other figures want a quiet machine: the
 column others_cores says how many cores other processes kept busy meanwhile, and speed how fast the best convolution was
 just before and after a row, against the peak rows (a virtual machine's neighbours do not show otherwise). The share of
 the peak is that of the peak at the time: gflops / (speed x the peak row's).
@@ -24,12 +25,14 @@ import sys
 import time
 from pathlib import Path
 
+import turns
+from conclusions import conclusions
 from stage import git_state
 from utils import RunError, cli, write_atomic
 
-COLUMNS = ('name', 'row', 'seconds_step', 'seconds_subject', 'memory_mb', 'memory_import_mb', 'tflop', 'gflops',
-           'share_of_peak', 'speed', 'loading', 'batch', 'size', 'parameters', 'precision', 'steps', 'others_cores',
-           'note', 'machine', 'code')
+COLUMNS = ('name', 'row', 'ratio', 'seconds_step', 'seconds_subject', 'memory_mb', 'memory_import_mb', 'tflop',
+           'gflops', 'share_of_peak', 'speed', 'loading', 'batch', 'size', 'parameters', 'precision', 'steps',
+           'others_cores', 'note', 'machine', 'code')
 
 # ------------------------------------------------------------------------------------------------------------------
 # The rows: name -> (function of timing, plain or peers, its arguments). What is smaller than the preset says so.
@@ -54,11 +57,18 @@ def rows(peer):
         for who in ('ours', 'monai') if peer == 'monai' else ():
             pair = dict(who=who, probe=list(probe) if who == 'monai' else [])
             step(f'pair/{preset}/{stage}/{who}', stage, preset, more, note, 'peers.pair_step', **pair, **how)
+        if peer == 'monai':
+            in_turn('monai', preset, stage, f'pair/{preset}/{stage}/ours', f'pair/{preset}/{stage}/monai')
+
+    def in_turn(peer, preset, stage, first, second):
+        found[f'ratio/{peer}/{preset}/{stage}'] = ('turns.in_turn', dict(names=(first, second),
+                                                                         rounds=15 if preset in DEMOS else 5))
 
     for preset in DEMOS:
         for stage in ('aae', 'unet'):
             step(f'ours/{preset}/{stage}', stage, preset)
             step(f'plain/{preset}/{stage}', stage, preset, function='plain.plain_step', least=2, budget=1.0)
+            in_turn('plain', preset, stage, f'ours/{preset}/{stage}', f'plain/{preset}/{stage}')
             against_monai(stage, preset, probe=words(batch_size=4 if preset == DEMOS[0] else 1))
         step(f'ours/{preset}/post', 'post', preset)
         step(f'ours/{preset}/regression', 'regression', preset)
@@ -172,14 +182,27 @@ def busy():
     return everyone / os.sysconf('SC_CLK_TCK') - children.ru_utime - children.ru_stime
 
 
+def command_of(name, args, *more):
+    """The command that measures a row in a process of its own."""
+    return [sys.executable, os.path.abspath(__file__), '--row', name, '--peer', args.peer or '', '--limit_gb',
+            str(args.limit_gb), *['--quick'] * args.quick, *more]
+
+
 def run_row(name, args):
-    """Measure a row in a process of its own -> (rows, or the sentence why there are none)."""
-    command = [sys.executable, os.path.abspath(__file__), '--row', name, '--peer', args.peer or '']
-    command += ['--limit_gb', str(args.limit_gb)] + ['--quick'] * args.quick
+    """Measure a row in a process of its own, or two in turn -> (rows, or the sentence why there are none)."""
+    function, how = rows(args.peer)[name]
+    before, began, command = busy(), time.perf_counter(), command_of(name, args)
+    if function == 'turns.in_turn':
+        try:
+            found = [turns.in_turn(*[command_of(row, args, '--turns') for row in how['names']],
+                                   rounds=2 if args.quick else how['rounds']) | dict(name=name)]
+        except RunError as error:
+            return str(error)
+        wall, after = time.perf_counter() - began, busy()
+        return [row | dict(others_cores=others(before, after, wall)) for row in found]
     processes = int(name.split('/')[-1]) if 'processes' in name else 1
     if processes > 1:
         command[1:1] = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', str(processes)]
-    before, began = busy(), time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     wall, after = time.perf_counter() - began, busy()
     found = [json.loads(line[4:]) for line in done.stdout.splitlines() if line.startswith('ROW ')]
@@ -187,10 +210,14 @@ def run_row(name, args):
         return [dict(name=name, note=f'stopped: more than {args.limit_gb:.0f} GB')]
     if done.returncode or not found:
         return (done.stderr.strip().splitlines() or [f'exit code {done.returncode}'])[-1]
-    others = round(max(0.0, after - before) / wall, 2) if before is not None else None
     if processes > 1:
         found[0]['seconds_subject'] = found[0]['seconds_subject'] / processes
-    return [row | dict(others_cores=others) for row in found]
+    return [row | dict(others_cores=others(before, after, wall)) for row in found]
+
+
+def others(before, after, wall):
+    """Cores that other processes kept busy meanwhile, from busy() before and after."""
+    return None if before is None else round(max(0.0, after - before) / wall, 2)
 
 
 def peak_now(row):
@@ -239,73 +266,10 @@ def describe(line):
     """A row as one line for people."""
     def shown(key, unit, factor=1.0):
         return f'{float(line[key]) * factor:9.3g} {unit}' if line.get(key) not in (None, '') else ' ' * (10 + len(unit))
-    columns = (('seconds_step', 's', 1), ('memory_mb', 'GB', 1e-3), ('tflop', 'TFLOP', 1), ('gflops', 'GFLOP/s', 1),
-               ('share_of_peak', '% peak', 100), ('loading', '% loading', 100), ('seconds_subject', 's/subject', 1))
+    columns = (('ratio', 'x', 1), ('seconds_step', 's', 1), ('memory_mb', 'GB', 1e-3), ('tflop', 'TFLOP', 1),
+               ('gflops', 'GFLOP/s', 1), ('share_of_peak', '% peak', 100), ('loading', '% loading', 100),
+               ('seconds_subject', 's/subject', 1))
     return f'{line["name"]:<40}' + ''.join(shown(*c) for c in columns) + f'  {line.get("note") or ""}'
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# What the rows say: ratios, and what a GPU can take
-
-def conclusions(table):
-    """(name, value, unit, note) computed from the rows (name -> row)."""
-    def of(name, key='seconds_step'):
-        value = table.get(name, {}).get(key)
-        return float(value) if value not in (None, '') else None
-
-    def ratio(name, above, below, key, note=''):
-        above, below = of(above, key), of(below, key)
-        if above and below:
-            found.append((name, above / below, '', note))
-
-    def held(name):
-        """Memory of a row beyond the imports, MB."""
-        return of(name, 'memory_mb') - of(name, 'memory_import_mb') if of(name, 'memory_import_mb') else None
-
-    found = []
-    for preset in ('ctp2dwi_demo', 'mri2pet_demo', 'ctp2dwi', 'mri2pet'):
-        for stage in ('aae', 'unet'):
-            ratio(f'time/plain {preset} {stage}', f'ours/{preset}/{stage}', f'plain/{preset}/{stage}', 'seconds_step')
-            ours, monai = f'pair/{preset}/{stage}/ours', f'pair/{preset}/{stage}/monai'
-            if of(monai, 'tflop') and of(ours, 'tflop'):
-                note = (f'FLOPs x {of(ours, "tflop") / of(monai, "tflop"):.2f}, parameters x '
-                        f'{of(ours, "parameters") / of(monai, "parameters"):.2f}, MONAI at '
-                        f'{100 * (of(monai, "share_of_peak") or 0):.0f} % of the peak')
-                ratio(f'time/monai {preset} {stage}', ours, monai, 'seconds_step', note)
-                found.append((f'memory/monai {preset} {stage}', held(ours) / held(monai), '', 'without the imports'))
-        for ours, theirs in (('one_step', 'ddim'), ('ddim', 'ddim'), ('ddpm', 'ddpm')):
-            ratio(f'subject {ours}/monai {theirs} {preset}', f'ours/{preset}/{ours}', f'monai/{preset}/{theirs}',
-                  'seconds_subject')
-        ratio(f'subject one_step/ddpm {preset}', f'ours/{preset}/one_step', f'ours/{preset}/ddpm', 'seconds_subject')
-    ratio('throughput 2 processes/1', 'growth/processes/1', 'growth/processes/2', 'seconds_subject')
-    for preset, stage, note in (('mri2pet', 'aae', '160x192x160'), ('mri2pet', 'unet', '160x192x160, checkpointing'),
-                                ('ctp2dwi', 'aae', '192x224'), ('ctp2dwi', 'unet', '192x224'),
-                                ('ctp2dwi', 'post', '192x224')):
-        found += capacity(table, preset, stage, note)
-    return found
-
-
-def voxels(row):
-    count = int(row['batch'])
-    for n in row['size'].split('x'):
-        count *= int(n)
-    return count
-
-
-def capacity(table, preset, stage, note):
-    """Computed: bytes a voxel from a line through the rows of growing size or batch; samples a step of two GPUs."""
-    names = [n for n in table if n == f'ours/{preset}/{stage}' or n.startswith('growth/') and f'{preset}/{stage}/' in n]
-    points = [(voxels(table[n]), float(table[n]['memory_mb']) * 1e6) for n in names if table[n].get('memory_mb')]
-    if len({x for x, _ in points}) < 2:
-        return []
-    slope = statistics.linear_regression(*zip(*points, strict=True)).slope
-    found = [(f'activations {preset} {stage}', slope, 'bytes/voxel', 'from peak memory against voxels x batch')]
-    one = 1
-    for n in note.split(',')[0].split('x'):
-        one *= int(n)
-    fixed = 20 * float(table[names[0]]['parameters']) + 1e9  # fp32 weights, gradient, two moments, average; the context
-    return found + [(f'{gb} GB GPU {preset} {stage}', max(0, gb * 1e9 - fixed) // (slope * one), 'samples a step',
-                     f'computed: {note}') for gb in (24, 80) if slope > 0]
 
 
 def main():
@@ -317,12 +281,14 @@ def main():
     parser.add_argument('--limit_gb', type=float, default=0.0, metavar='GB',
                         help='stop a row that holds more (default: 85 %% of what is available)')
     parser.add_argument('--row', default='', help=argparse.SUPPRESS)
+    parser.add_argument('--turns', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peer not in ('', 'monai'):
         raise RunError(f"--peer is '{args.peer}', must be monai")
     if args.row:
         import timing
         timing.watch_memory(args.limit_gb)
+        timing.Clock.turns = args.turns
         lines = measure(args.row, args.peer, args.quick)
         if os.environ.get('RANK', '0') == '0':
             print(*(f'ROW {json.dumps(line)}' for line in lines), sep='\n')

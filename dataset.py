@@ -242,13 +242,16 @@ def augment(batch, generator, flip=True, shift=2):
     device = generator.device if generator is not None else 'cpu'
     flips = (torch.rand(count, generator=generator, device=device) < 0.5).tolist()
     shifts = torch.randint(-shift, shift + 1, (count, len(size)), generator=generator, device=device).tolist()
-    moved = {name: torch.full_like(image, BACKGROUND[name]) for name, image in images.items()}
+    moved = {name: torch.empty_like(image) for name, image in images.items()}
     for i in range(count):
         put = (slice(None), *(slice(max(0, s), n + min(0, s)) for s, n in zip(shifts[i], size, strict=True)))
         take = (slice(None), *(slice(max(0, -s), n + min(0, -s)) for s, n in zip(shifts[i], size, strict=True)))
         for name, image in images.items():
             part = image[i].flip(1) if flip and flips[i] else image[i]
             moved[name][i][put] = part[take]
+            for axis, s in enumerate(shifts[i], start=1):
+                if s:  # what came from beyond the border
+                    moved[name][i].narrow(axis, 0 if s > 0 else size[axis - 1] + s, abs(s)).fill_(BACKGROUND[name])
     return {**batch, **moved}
 
 

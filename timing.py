@@ -72,8 +72,11 @@ class Clock:
     """Seconds of repeated steps: the first counts FLOPs, `warm` more warm up, then at least `least` are timed.
 
     Call next() after each step; it is True when `least` are timed and `budget` seconds are spent. `loading` collects
-    what the data pipeline took of the step under way.
+    what the data pipeline took of the step under way. With `turns` each step after those waits for a line on standard
+    input, and its seconds are printed (turns.py).
     """
+
+    turns = False
 
     def __init__(self, warm=1, least=3, budget=3.0):
         self.warm, self.least, self.budget = warm, least, budget
@@ -93,6 +96,13 @@ class Clock:
             self.seconds.append(took)
             self.loads.append(self.loading)
         self.steps, self.loading = self.steps + 1, 0.0
+        if self.turns and self.steps > self.warm:
+            print(f'TURN {took}', flush=True)
+            if not sys.stdin.readline().strip():
+                self.seconds, self.loads = self.seconds or [took], self.loads or [0.0]
+                return True
+            self.began = time.perf_counter()
+            return False
         self.began = time.perf_counter()
         return len(self.seconds) >= self.least and sum(self.seconds) >= self.budget
 

@@ -1,4 +1,5 @@
 """benchmark.py: rows come from the scripts' own steps, the arithmetic of the table, and going on after a stop."""
+import argparse
 import json
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import peers
 import plain
 import timing
 import train_unet
+import turns
 import utils
 from model import AAE, Discriminator, UNet, count_parameters
 
@@ -117,7 +119,8 @@ def test_every_row_has_known_settings():
     for peer in ('', 'monai'):
         for name, (function, how) in benchmark.rows(peer).items():
             module, attribute = function.split('.')
-            assert hasattr(dict(timing=timing, plain=plain, peers=peers)[module], attribute)
+            assert hasattr(dict(timing=timing, plain=plain, peers=peers, turns=turns)[module], attribute)
+            assert set(how.get('names', [])) <= set(benchmark.rows(peer))
             if 'preset' in how:
                 timing.settings(how['preset'], [*how.get('words', []), *how.get('probe', [])])
                 assert how.get('stage') in (None, 'aae', 'unet', 'post', 'regression') and name
@@ -136,8 +139,32 @@ def test_what_a_gpu_can_take():
 
 
 def test_ratios():
-    table = {f'{who}/ctp2dwi_demo/aae': dict(name='', seconds_step=str(s)) for who, s in (('ours', 2), ('plain', 8))}
+    table = {'ratio/plain/ctp2dwi_demo/aae': dict(name='', ratio='0.25')}
     assert [v[:2] for v in benchmark.conclusions(table)] == [('time/plain ctp2dwi_demo aae', 0.25)]
+
+
+PLAYER = '''import sys
+print('warming up')
+print('TURN 9', flush=True)
+for n, line in enumerate(sys.stdin):
+    print(f'TURN {{{seconds} * (n + 1)}}', flush=True)
+'''
+
+
+def test_two_programs_take_steps_in_turn():
+    commands = [[sys.executable, '-c', PLAYER.format(seconds=seconds)] for seconds in (3, 4)]
+    row = turns.in_turn(*commands, rounds=5)  # both become slower, alike
+    assert row['ratio'] == pytest.approx(0.75) and row['seconds_step'] == 9 and row['steps'] == 5
+    assert '12 s; ratios 0.75 .. 0.75' in row['note']
+    with pytest.raises(utils.RunError, match='has stopped'):
+        turns.in_turn(commands[0], [sys.executable, '-c', 'exit(1)'], rounds=2)
+
+
+@pytest.mark.slow
+def test_rows_are_measured_in_turn():
+    args = argparse.Namespace(peer='', quick=True, limit_gb=0)
+    row, = benchmark.run_row('ratio/plain/ctp2dwi_demo/aae', args)
+    assert row['name'] == 'ratio/plain/ctp2dwi_demo/aae' and row['ratio'] > 0 and row['others_cores'] is not None
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ LEAVES = {'config', 'dataset', 'model', 'diffusion', 'losses', 'metrics', 'utils
           'anatomy', 'stroke', 'amyloid', 'describe',            # the parts of phantom.py
           'experiment', 'charts', 'montage', 'report'}           # the parts of plot.py
 SCRIPTS = {'phantom', 'translate', 'evaluate', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot', 'benchmark',
-           'study', 'timing', 'plain', 'peers', 'monai_ldm'}             # three are the parts of benchmark.py
+           'study', 'monai_ldm',
+           'timing', 'turns', 'conclusions', 'plain', 'peers'}           # the parts of benchmark.py
 MORE = {                                                         # what else a file may import of ours
     'model': {'layers'},
     'stage': {'utils'},
@@ -29,8 +30,8 @@ MORE = {                                                         # what else a f
     'dataset': {'volume', 'grid', 'splits', 'check', 'subject'},
     'train_unet': {'infer'},                                     # validation runs the very code that inference runs
     'post_train': {'infer'},
-    'benchmark': {'timing', 'plain', 'peers'},                   # it runs the scripts' own steps, with a clock in them
-    'timing': {'train_aae', 'train_unet', 'post_train', 'translate'},
+    'benchmark': {'timing', 'turns', 'conclusions', 'plain', 'peers'},
+    'timing': {'train_aae', 'train_unet', 'post_train', 'translate'},  # the scripts' own steps, with a clock in them
     'plain': {'timing', 'train_aae', 'train_unet'},
     'peers': {'timing'},
     'monai_ldm': {'peers', 'evaluate', 'translate'},
