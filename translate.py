@@ -60,6 +60,8 @@ class Sampling:
 # ------------------------------------------------------------------------------------------------------------------
 # Checkpoint -> model
 
+OLDER = dict(context=0)  # what a checkpoint means that does not say it
+
 def checkpoint_path(cfg, stage):
     """The checkpoint of an earlier stage: in result/<exp>, or in result/<init_from> where this experiment has none."""
     own = Path('result') / cfg.exp / f'{utils.BEST[stage]}.pth.tar'
@@ -73,7 +75,8 @@ def load_aae(cfg, run):
     with utils.reading(path, 'run train_aae.py again'):
         aae = AAE(**data['args'])
         utils.load_weights(aae, data['net'], path)
-        model = Model(run.place(aae).eval().requires_grad_(False), prep=data['prep'], mean_image=data['mean_image'])
+        model = Model(run.place(aae).eval().requires_grad_(False), prep=OLDER | data['prep'],
+                      mean_image=data['mean_image'])
         model.origin = f"{utils.BEST['aae']} at step {data['step']}"
     return model, data
 
@@ -101,7 +104,8 @@ def _add_networks(cfg, run, model, stage, path, data):
                              f"{checkpoint_path(cfg, 'aae')} holds ({fingerprint(model.aae)}); "
                              'run train_unet.py --restart, then post_train.py --restart')
     model.stage, model.qc = stage, data.get('qc')
-    model.origin, model.prep = f"{utils.BEST[stage]} (EMA weights) at step {data['step']}", data['prep']
+    model.origin = f"{utils.BEST[stage]} (EMA weights) at step {data['step']}"
+    model.prep = OLDER | data['prep']
     if stage == 'regression':
         model.regression = run.place(PixelUNet(**data['args']))
         utils.load_weights(model.regression, data['net'], path)

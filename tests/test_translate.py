@@ -1,4 +1,8 @@
 """From source to prediction, with networks of random weights."""
+from pathlib import Path
+
+import made_data
+import made_runs
 import numpy as np
 import pytest
 import torch
@@ -39,3 +43,17 @@ def test_the_mean_with_the_mirrored_source_is_symmetric(dims, kind, samples):
     assert not np.allclose(plain[0][:, :, ::-1], mirrored[0], atol=1e-2)
     assert np.allclose(images(True)[0][0], (plain[0] + mirrored[0][:, :, ::-1]) / 2, atol=1e-4)
     assert (plain[1] is None) == (samples == 1 or kind == 'regression')
+
+
+def test_a_checkpoint_that_knows_no_context_saw_single_slices(tmp_path):
+    with made_runs.folder(tmp_path):
+        made_data.write_stroke('data')
+        for script in ('train_aae', 'train_unet'):
+            made_runs.call(script, *made_runs.STROKE, *made_runs.steps(1), '--context', '0')
+        for name in ('AAE', 'Unet'):
+            path = f'result/exp_1/CHECKPOINT_{name}.pth.tar'
+            data = torch.load(path, weights_only=True)
+            del data['prep']['context']
+            torch.save(data, path)
+        made_runs.call('infer', *made_runs.STROKE, '--only_model')
+        assert Path('result/exp_1/test.csv').exists()
