@@ -53,8 +53,7 @@ def prediction_record(cfg, model, spec):
     return dict(checkpoint=model.origin, aae=fingerprint(model.aae), exp=cfg.exp, sampler=cfg.sampler,
                 num_steps=1 if cfg.sampler == 'one_step' else cfg.num_steps,
                 samples=cfg.samples, guidance=cfg.guidance, label=cfg.label, mirror=cfg.mirror, seed=cfg.seed,
-                units=units,
-                settings=model.prep)
+                units=units, settings=model.prep)
 
 
 def settings_of(path):

@@ -303,6 +303,7 @@ def facts_of(spec, run):
         label = 'true, read from data_info.csv' if label == 'true' else label
         more = [f'{name} {record.get(name, "?")}' for name in ('guidance', 'seed')]
         sampler = [str(record.get('sampler', '?')), *counts, *more]
+        sampler += ['mean with the mirrored source'] if record.get('mirror') else []
         rows += [('sampler', ', '.join(sampler)),
                  ('label given to the network', label), ('split', record.get('split', '-')),
                  ('units', ', '.join(f'{name}: {unit}' for name, unit in record.get('units', {}).items()))]

@@ -53,7 +53,8 @@ def write_result(cfg, ids, noise=0.05, with_std=True, seed=0):
     (folder / 'config.json').write_text(json.dumps(cfg.as_dict()))
     ranges = {target: dataset.scaling_range(spec, target) for target in spec.target_names}
     record = dict(checkpoint='CHECKPOINT_Unet_post (EMA weights) at step 40', sampler='ddim', num_steps=7, samples=3,
-                  guidance=1.0, label='unknown', seed=0, units=dict.fromkeys(ranges, 'some unit'), split='test')
+                  guidance=1.0, label='unknown', seed=0, units=dict.fromkeys(ranges, 'some unit'), split='test',
+                  mirror=True)
     rows, scale = {name: [] for name in ('', 'unet', 'aae', 'mean')}, dict(unet=2.0, aae=0.5, mean=4.0)
     for id in ids:
         subject = dataset.load_subject(spec, id)
@@ -191,6 +192,7 @@ def test_stroke(monkeypatch, capsys):
     assert {Path(line).name for line in printed if line} == files | {'report.html'}
     page = check_page(folder)
     for text in ('0123456789abcdef', 'CHECKPOINT_Unet_post (EMA weights) at step 40', 'ddim, 7 steps, 3 samples',
+                 'mean with the mirrored source',
                  'this task has no label', 'no lesion', 'stage 2, before post-training'):
         assert text in page.text
     assert 'Not there' not in page.text
