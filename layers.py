@@ -39,9 +39,9 @@ def _affine(rows, a, b):
 
 
 class _GroupNorm(torch.autograd.Function):
-    """Group norm, with a scale and shift for each channel or each sample's channels, and SiLU after it if asked.
+    """PyTorch's group norm, with a scale and shift for each channel or each sample's channels, and SiLU if asked.
 
-    On a CPU PyTorch's own takes several times as long: forward where a channels-last grid is small, backward always.
+    Its own backward pass takes several times as long on a CPU where channels lie last.
     dx = a dy + b x + c, with a per channel, b and c per group, from the sums over positions of dy and dy * x.
     weight, bias: (B or 1, C) float32.
     """
@@ -50,17 +50,9 @@ class _GroupNorm(torch.autograd.Function):
     def forward(ctx, x, weight, bias, groups, eps, silu):
         rows = _rows(x)
         n, positions, c = rows.shape
-        if positions <= 512:
-            exact = rows.to(torch.promote_types(x.dtype, torch.float32))
-            ones = exact.new_ones(n, 1, positions)
-            s_1, s_2 = (torch.bmm(ones, v).view(n, groups, -1).mean(2) / positions for v in (exact, exact * exact))
-            mean, rstd = s_1, ((s_2 - s_1 * s_1).clamp(min=0) + eps).rsqrt()
-            a, shift = (v[..., None].expand(n, groups, c // groups).reshape(n, c) for v in (rstd, -mean * rstd))
-            y = _affine(rows, a * weight, shift * weight + bias)
-        else:
-            shared = (weight[0], bias[0]) if len(weight) == 1 else (None, None)
-            y, mean, rstd = torch.native_group_norm(x, *shared, n, c, positions, groups, eps)
-            y = _rows(y) if len(weight) == 1 else _affine(_rows(y), weight, bias)
+        shared = (weight[0], bias[0]) if len(weight) == 1 else (None, None)
+        y, mean, rstd = torch.native_group_norm(x, *shared, n, c, positions, groups, eps)
+        y = _rows(y) if len(weight) == 1 else _affine(_rows(y), weight, bias)
         ctx.save_for_backward(rows, weight, mean, rstd, *([y] if silu else []))
         ctx.groups, ctx.size, ctx.silu = groups, x.shape[2:], silu
         return (F.silu(y) if silu else y).view(n, *ctx.size, c).movedim(-1, 1)
@@ -87,15 +79,16 @@ class _GroupNorm(torch.autograd.Function):
 
 
 class GroupNorm(nn.GroupNorm):
-    """nn.GroupNorm, faster on a CPU; then the scale and shift (B, C) of an embedding, and SiLU, if asked."""
+    """nn.GroupNorm, then the scale and shift (B, C) of an embedding, and SiLU, if asked."""
 
     def __init__(self, groups, channels, silu=False):
         super().__init__(groups, channels)
         self.silu = silu
 
     def forward(self, x, scale=None, shift=None):
-        weight, bias = self.weight[None], self.bias[None]
-        if x.device.type == 'cpu':
+        large = x.shape[2:].numel() > 2048 and not x.is_contiguous()
+        if x.device.type == 'cpu' and large:
+            weight, bias = self.weight[None], self.bias[None]
             if scale is not None:
                 weight, bias = weight * (1 + scale), bias * (1 + scale) + shift
             return _GroupNorm.apply(x, weight, bias, self.num_groups, self.eps, self.silu)

@@ -121,6 +121,11 @@ class AAE(nn.Module):
         return self.decoder(self.encoder(image))
 
 
+def latent_grid(image_size):
+    """The spatial size of the latents of images of a size."""
+    return tuple(n // AAE.factor for n in image_size)
+
+
 class Discriminator(nn.Module):
     """Patch discriminator: image (B, K, *S) -> one realness score for each patch (B, 1, *S/4)."""
 
@@ -230,7 +235,7 @@ class UNet(nn.Module):
         emb = F.silu(emb)
         cond = self.encode_source(source) if cond is None else cond
         gate = 1 + self.gate(emb).view(len(z_t), -1, *[1] * (z_t.ndim - 2))
-        x = gate * self.conv_in(z_t) + self.conv_cond(cond)
+        x = gate * self.conv_in(z_t.contiguous()) + self.conv_cond(cond)  # memory format: that of the weights
         skips = [x]
         for level in self.down:
             x = self._run(level, x, emb)

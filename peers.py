@@ -16,7 +16,7 @@ import optim
 import timing
 import utils
 from diffusion import Diffusion
-from model import UNet
+from model import UNet, latent_grid
 
 # Where the structures differ, the numbers of blocks are chosen so that FLOPs and parameters meet.
 AAE_MATCH = {  # preset: our --aae_blocks, MONAI's num_res_blocks a level, its discriminator's layers and channels
@@ -39,7 +39,7 @@ def our_unet(cfg, run, batch):
     unet = UNet(cfg.spatial_dims, cfg.latent_channels, 1, cfg.unet_channels, cfg.unet_blocks, cfg.unet_attention,
                 cfg.cond_channels, cfg.cond_width)
     unet.encode_source = nn.Identity()  # MONAI has none
-    unet, (_, z_0, cond) = run.place(unet), made_batch(cfg, run.device, batch)
+    unet, (_, z_0, cond) = run.place(unet, latent_grid(cfg.image_size)), made_batch(cfg, run.device, batch)
     diffusion, opt, ema = Diffusion().to(run.device), optim.make('adam', [(unet, 1)]), utils.EMA(unet, cfg.ema)
     utils.set_lr(opt, cfg.lr)
 
@@ -147,7 +147,7 @@ def best_way(cfg, build, preset, probe):
     for precision, last in layouts(cfg):
         run = utils.Run(cfg.device, precision)
         step = build(small, run, small.batch_size, placer(small, run, last))[0]
-        found[precision, last] = timing.repeat(step, warm=0, least=1, budget=0)['seconds_step']
+        found[precision, last] = timing.repeat(step, warm=0, least=2, budget=0.2, trial=True)['seconds_step']
     precision, last = min(found, key=found.get)
     return utils.Run(cfg.device, precision), last, f'{precision} {"channels_last" if last else "contiguous"}'
 

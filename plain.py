@@ -190,6 +190,6 @@ def plain_step(stage, preset, words=(), **how):
     """The stage's own training step with these modules in fp32, contiguous."""
     swap = {name: net for name, net in dict(AAE=PlainAAE, Discriminator=PlainDiscriminator, UNet=PlainUNet).items()
             if hasattr(dict(aae=train_aae, unet=train_unet)[stage], name)}
-    with (mock.patch.object(utils.Run, 'place', lambda run, net: net.to(run.device)),
+    with (mock.patch.object(utils.Run, 'place', lambda run, net, grid=(): net.to(run.device)),
           mock.patch.object(timing, 'AAE', PlainAAE), mock.patch.object(train_unet, 'fingerprint', lambda net: '')):
         return timing.train_step(stage, preset, [*words, '--precision', 'fp32'], swap=swap, **how)

@@ -27,7 +27,7 @@ import train_aae
 import train_unet
 import utils
 from diffusion import Diffusion
-from model import AAE, PixelUNet, UNet
+from model import AAE, PixelUNet, UNet, latent_grid
 from translate import Model, Sampling, translate
 
 LATER = '--disc_start', '0', '--disc_ramp', '1'
@@ -73,12 +73,13 @@ class Clock:
 
     Call next() after each step; it is True when `least` are timed and `budget` seconds are spent. `loading` collects
     what the data pipeline took of the step under way. With `turns` each step after those waits for a line on standard
-    input, and its seconds are printed (turns.py).
+    input, and its seconds are printed (turns.py): not of steps that only try something out (trial).
     """
 
     turns = False
 
-    def __init__(self, warm=1, least=3, budget=3.0):
+    def __init__(self, warm=1, least=3, budget=3.0, trial=False):
+        self.turns = self.turns and not trial
         self.warm, self.least, self.budget = warm, least, budget
         self.seconds, self.loads, self.loading, self.flops, self.steps = [], [], 0.0, 0, 0
         self.counter = FlopCounterMode(display=False)
@@ -203,7 +204,7 @@ def networks(run, cfg):
     aae = place(AAE(cfg.spatial_dims, channels[1], cfg.latent_channels, cfg.aae_channels, cfg.aae_blocks))
     unet = place(UNet(cfg.spatial_dims, cfg.latent_channels, channels[0], cfg.unet_channels, cfg.unet_blocks,
                        cfg.unet_attention, cfg.cond_channels, cfg.cond_width, cfg.num_classes, cfg.dropout,
-                       cfg.checkpointing))
+                       cfg.checkpointing), latent_grid(cfg.image_size))
     diffusion = Diffusion(cfg.predict, cfg.schedule, cfg.timesteps, cfg.loss_weight, cfg.last_step_share)
     detail = place(PixelUNet(cfg.spatial_dims, *channels, True, cfg.detail_channels,
                              feature_channels=unet.feature_channels)) if cfg.detail_branch else None

@@ -18,7 +18,7 @@ import utils
 from diffusion import Diffusion
 from infer import Model, Sampling, fit_quality, load_aae, translate, validate
 from layers import recompute_blocks
-from model import PixelUNet, UNet, count_parameters, fingerprint
+from model import PixelUNet, UNet, count_parameters, fingerprint, latent_grid
 from stage import Stage
 
 DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'context', 'frames', 'frame_spacing',
@@ -40,7 +40,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
     utils.seed_everything(cfg.seed, 'unet weights')
     unet = run.place(UNet(cfg.spatial_dims, aae['args']['latent_channels'], cohort.source_channels, cfg.unet_channels,
                           cfg.unet_blocks, cfg.unet_attention, cfg.cond_channels, cfg.cond_width, cfg.num_classes,
-                          cfg.dropout, cfg.checkpointing))
+                          cfg.dropout, cfg.checkpointing), latent_grid(cfg.image_size))
     recompute_blocks(unet.encode_source, cfg.checkpointing)
     diffusion = Diffusion(cfg.predict, cfg.schedule, cfg.timesteps, cfg.loss_weight, cfg.last_step_share).to(run.device)
     some = run.to_device(cohort.some())

@@ -12,7 +12,7 @@ import torch
 
 import utils
 from diffusion import Diffusion, sample
-from model import AAE, PixelUNet, UNet, fingerprint
+from model import AAE, PixelUNet, UNet, fingerprint, latent_grid
 
 
 @dataclass
@@ -110,7 +110,8 @@ def _add_networks(cfg, run, model, stage, path, data):
         model.regression = run.place(PixelUNet(**data['args']))
         utils.load_weights(model.regression, data['net'], path)
         return model.eval()
-    model.unet, model.diffusion = run.place(UNet(**data['args'])), Diffusion(**data['diffusion']).to(run.device)
+    model.unet = run.place(UNet(**data['args']), latent_grid(model.prep['image_size'] or ()))
+    model.diffusion = Diffusion(**data['diffusion']).to(run.device)
     utils.load_weights(model.unet, data['net'], path)
     if data.get('decoder'):
         utils.load_weights(model.aae.decoder, data['decoder'], path)

@@ -160,6 +160,20 @@ def test_two_programs_take_steps_in_turn():
         turns.in_turn(commands[0], [sys.executable, '-c', 'exit(1)'], rounds=2)
 
 
+def test_choosing_the_fastest_setting_takes_no_turn(monkeypatch, capsys):
+    """The choice runs fewer samples: taken as turns, its steps made the other program look fast."""
+    monkeypatch.setattr(timing.Clock, 'turns', True)
+    monkeypatch.setattr(sys, 'stdin', None)  # nobody says go
+    cfg, built = timing.settings('ctp2dwi_demo'), []
+
+    def build(cfg, run, batch, place):
+        built.append(run.precision)
+        return lambda: None, torch.nn.Identity()
+
+    assert peers.best_way(cfg, build, 'ctp2dwi_demo', [])[2].split()[1] in ('contiguous', 'channels_last')
+    assert built == [p for p, _ in peers.layouts(cfg)] and 'TURN' not in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_rows_are_measured_in_turn():
     args = argparse.Namespace(peer='', quick=True, limit_gb=0)

@@ -86,7 +86,7 @@ def test_as_many_latents_as_voxels_in_a_block_lose_nothing():
 # ------------------------------------------------------------------------------------------------------------------
 # Group norm
 
-@pytest.mark.parametrize('shape', [(2, 32, 6, 7), (3, 24, 5, 4, 3), (2, 8, 1, 1), (2, 16, 24, 32)])  # the last: large
+@pytest.mark.parametrize('shape', [(2, 32, 6, 7), (3, 24, 5, 4, 3), (2, 8, 1, 1), (2, 16, 48, 48)])  # the last: large
 @pytest.mark.parametrize('channels_last', [False, True])
 @pytest.mark.parametrize('silu', [False, True])
 @pytest.mark.parametrize('embedded', [False, True])
@@ -126,6 +126,22 @@ def test_group_norm_without_gradient_and_in_bf16():
     exact = torch.autograd.grad(nn.functional.group_norm(y := x.clone().requires_grad_(), norm.num_groups), y, goal)[0]
     found = torch.autograd.grad(norm(y := x.bfloat16().requires_grad_()), y, goal.bfloat16())[0]
     assert found.dtype == torch.bfloat16 and float((found.float() - exact).norm() / exact.norm()) < 0.02
+
+
+@pytest.mark.parametrize('size', [(9, 8), (48, 48)])
+@pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
+def test_group_norm_under_autocast_takes_its_sums_in_float32(size, memory_format):
+    torch.manual_seed(0)
+    norm = layers.group_norm(32)
+    x = (torch.randn(4, 32, *size) + 10).bfloat16().contiguous(memory_format=memory_format).requires_grad_()
+    goal = torch.randn_like(x)
+    with torch.autocast('cpu', torch.bfloat16):
+        y = norm(x)
+    found = y.detach(), *torch.autograd.grad(y, x, goal)
+    y = nn.functional.group_norm(wide := x.detach().float().requires_grad_(), norm.num_groups)
+    exact = y.detach(), *torch.autograd.grad(y, wide, goal.float())
+    for a, b in zip(found, exact, strict=True):
+        assert float((a.float() - b).norm() / b.norm()) < 0.01
 
 
 # ------------------------------------------------------------------------------------------------------------------
