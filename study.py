@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -46,7 +47,8 @@ class Trial:
     start: str = ''                                 # the trial whose other stages it takes
     infer: str = ''                                 # words for infer.py
     seeds: tuple = (0,)
-    sets: tuple = ('test',)
+    sets: tuple = ('test',)                         # of SETS; 'validation' is that of the training phantoms
+    subjects: int = 0                               # the first so many training subjects; 0: all
 
     task = property(lambda self: self.name.split('/')[0])
     label = property(lambda self: self.name.replace('/', '_'))
@@ -63,18 +65,22 @@ class Trial:
 
 AAE, UNET, POST = 'train_aae.py', 'train_unet.py', 'post_train.py'
 REGRESSION = f'{UNET} --regression True'
-ALL, BOTH, THREE = (AAE, UNET, f'{REGRESSION} --w_lesion 0', POST), ('test', 'shifted'), (0, 1, 2)
+ALL, THREE = (AAE, UNET, f'{REGRESSION} --w_lesion 0', POST), (0, 1, 2)
+BOTH, MORE, VALIDATION = ('test', 'shifted'), ('test', 'shifted', 'validation'), ('validation',)
 LATENT = f'{POST} --detail_branch False'
+PLAIN = f'{REGRESSION} --regression_steps 2600 --w_lesion 0'
 LAPT_LOSS = '--post_loss lapt --w_diffusion 1 --w_image 0.01 --w_lesion 0.02'
 LAPT = '--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam --context 0'
 ILCLDM = ('--predict eps --schedule linear --normalise_latents False --last_step_share 0 --latent_channels 1 '
           '--label_drop 0 --optimizer adam')
 DDIM = '--sampler ddim --num_steps 50'
 PAPER_DDIM = f'{DDIM} --mirror False'
+STEPS_HALF = '--aae_steps 60', '--unet_steps 60', '--regression_steps 750', '--post_steps 150'
+STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000', '--post_steps 600'
 
 TRIALS = [
     # Stroke. The rivals have the time of all of our stages.
-    Trial('stroke/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=BOTH),
+    Trial('stroke/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=MORE),
     Trial('stroke/regression', 'regression U-Net on the image grid, the same lesion weight, equal time',
           (f'{REGRESSION} --regression_steps 2600',), 'stroke/ours', '--stage regression', THREE, BOTH),
     Trial('stroke/control', 'latent network trained on as long with w_image = w_lesion = 0',
@@ -84,7 +90,7 @@ TRIALS = [
           THREE, BOTH),
     Trial('stroke/no_detail', 'post-training without detail branch', (LATENT,), 'stroke/ours'),
     Trial('stroke/regression_plain', 'the same without lesion weight',
-          (f'{REGRESSION} --regression_steps 2600 --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, BOTH),
+          (PLAIN,), 'stroke/ours', '--stage regression', THREE, MORE),
     Trial('stroke/regression_slices', 'the same on single slices, not mirrored',
           (f'{REGRESSION} --regression_steps 2600 --w_lesion 0 --context 0',), 'stroke/ours',
           '--stage regression --mirror False'),
@@ -110,6 +116,24 @@ TRIALS = [
            f'{POST} {LAPT_LOSS} {PAPER_DDIM} --lambda_t linear --flip False --shift 0 --post_last_step_share 0 '
            '--tune_decoder False --detail_branch False --optimizer adam --post_steps 300 --post_lr 1e-4'), '',
           PAPER_DDIM),
+    # What the fast settings cost.
+    Trial('stroke/fp32', 'all stages and inference in fp32', tuple(f'{c} --precision fp32' for c in ALL), '',
+          '--precision fp32'),
+    Trial('stroke/adam', 'all stages with AdamW', tuple(f'{c} --optimizer adam' for c in ALL)),
+    # How it grows; the steps are those of all stages.
+    Trial('stroke/subjects_10', '10 training subjects', ALL, subjects=10),
+    Trial('stroke/subjects_30', '30 training subjects', ALL, subjects=30),
+    Trial('stroke/steps_half', 'half of the steps', tuple(map(' '.join, zip(ALL, STEPS_HALF, strict=True)))),
+    Trial('stroke/steps_double', 'twice the steps', tuple(map(' '.join, zip(ALL, STEPS_DOUBLE, strict=True)))),
+    # Learning rates, on the validation subjects.
+    Trial('stroke/post_lr_half', 'ours, half the learning rate in stage 3', (f'{POST} --post_lr 2.5e-4',),
+          'stroke/ours', sets=VALIDATION),
+    Trial('stroke/post_lr_double', 'ours, twice the learning rate in stage 3', (f'{POST} --post_lr 1e-3',),
+          'stroke/ours', sets=VALIDATION),
+    Trial('stroke/regression_lr_half', 'plain regression, half the learning rate', (f'{PLAIN} --lr 5e-4',),
+          'stroke/ours', '--stage regression', sets=VALIDATION),
+    Trial('stroke/regression_lr_double', 'plain regression, twice the learning rate', (f'{PLAIN} --lr 2e-3',),
+          'stroke/ours', '--stage regression', sets=VALIDATION),
 
     # Amyloid.
     Trial('amyloid/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=BOTH),
@@ -146,8 +170,11 @@ def script(*command):
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def data(task, group=None):
-    """The phantoms of a task, made if they are not there: words that name them. group: a test set, or None."""
+def data(task, group=None, subjects=0):
+    """The phantoms of a task, made if they are not there: words that name them.
+
+    group: a test set, or None: those of training and validation, of which `subjects` are for training (0: all).
+    """
     folder, count = f"data/study_{task}_{group or 'train'}", SUBJECTS[task][bool(group)]
     more = (*SETS[group], '--split', '0.02,0.02,0.96') if group else ('--seed', '1')
     making = None
@@ -158,7 +185,14 @@ def data(task, group=None):
             time.sleep(2)
     script('phantom.py', '--task', TASKS[task], '--out', folder, '--subjects', str(count), *more)
     making.close()
-    return '--preset', f'{TASKS[task]}_demo', '--data_root', folder, '--data_info', f'{folder}/data_info'
+    lists = Path(folder) / 'data_info'
+    if subjects:
+        fewer = lists.with_name(f'data_info_{subjects}')
+        shutil.copytree(lists, fewer, dirs_exist_ok=True)
+        ids = (lists / 'train.txt').read_text().split()
+        write_atomic(fewer / 'train.txt', lambda f: f.write('\n'.join(ids[:subjects]) + '\n'), 'w')
+        lists = fewer
+    return '--preset', f'{TASKS[task]}_demo', '--data_root', folder, '--data_info', str(lists)
 
 
 def perform(trial, seed):
@@ -168,11 +202,14 @@ def perform(trial, seed):
     common = ('--exp', exp, '--seed', str(seed), *source)
     for command in trial.stages:
         name, *more = command.split()
-        cpu += script(name, *data(trial.task), *common, *more)
+        cpu += script(name, *data(trial.task, subjects=trial.subjects), *common, *more)
     for group in trial.sets:
         if not trial.file(seed, group).exists():
-            script('infer.py', *data(trial.task, group), *common, *trial.infer.split(), '--only_model')
-            table = pd.read_csv(f'result/{exp}/test.csv').drop(columns=['qc', 'num_steps', 'samples'])
+            split = 'test' if group in SETS else group
+            where = data(trial.task, group if group in SETS else None)
+            script('infer.py', *where, *common, *trial.infer.split(), '--split', split, '--only_model')
+            name = 'test' if split == 'test' else f'infer_{split}'
+            table = pd.read_csv(f'result/{exp}/{name}.csv').drop(columns=['qc', 'num_steps', 'samples'])
             write_atomic(trial.file(seed, group), lambda f, t=table: t.to_csv(f, index=False, float_format='%.5g'), 'w')
     facts = dict(name=trial.name, seed=seed, training_cpu_seconds=round(cpu), commit=git_state()[:12],
                  minutes=round((time.time() - began) / 60, 1), stages=trial.stages,
@@ -227,6 +264,11 @@ TABLES = [
                                         'stroke/from_zero', 'stroke/latent_regression', 'stroke/lapt'], BOTH),
     ('Sampling, stroke', 'stroke/ours', ['stroke/ddim2', 'stroke/ddim10', 'stroke/ddim50', 'stroke/samples4',
                                          'stroke/not_mirrored'], ('test',)),
+    ('Fast settings', 'stroke/ours', ['stroke/fp32', 'stroke/adam'], ('test',)),
+    ('Subjects and steps', 'stroke/ours', ['stroke/subjects_10', 'stroke/subjects_30', 'stroke/steps_half',
+                                           'stroke/steps_double'], ('test',)),
+    ('Learning rates', 'stroke/ours', ['stroke/post_lr_half', 'stroke/post_lr_double', 'stroke/regression_plain',
+                                       'stroke/regression_lr_half', 'stroke/regression_lr_double'], VALIDATION),
     ('Label conditioning', 'amyloid/ours', ['amyloid/no_label', 'amyloid/never_dropped', 'amyloid/label_given',
                                             'amyloid/guidance2'], ('test',)),
     ('Recipes, amyloid', 'amyloid/ours', ['amyloid/stage2', 'amyloid/control', 'amyloid/regression', 'amyloid/ddim50',

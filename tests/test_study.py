@@ -15,7 +15,7 @@ def test_trials_have_names_of_their_own_and_begin_from_known_ones():
     assert len(study.BY_NAME) == len(study.TRIALS)
     order = list(study.BY_NAME)
     for trial in study.TRIALS:
-        assert trial.task in study.TASKS and set(trial.sets) <= set(study.SETS) and trial.about
+        assert trial.task in study.TASKS and set(trial.sets) <= {*study.SETS, 'validation'} and trial.about
         if trial.start:  # done before, with the same seeds
             assert order.index(trial.start) < order.index(trial.name)
             assert set(trial.seeds) <= set(study.BY_NAME[trial.start].seeds)
@@ -28,7 +28,7 @@ def test_every_command_of_a_trial_is_one_that_the_script_takes(trial):
     preset = ['--preset', f'{study.TASKS[trial.task]}_demo']
     for command in trial.stages:
         script, *words = command.split()
-        assert script in (study.AAE, study.UNET, study.POST)
+        assert words.count('--w_lesion') < 2 and script in (study.AAE, study.UNET, study.POST)
         config.load('', [*preset, *words], {'restart': (False, '')})
     config.load('', [*preset, *trial.infer.split()], {'stage': ('auto', ''), 'only_model': (False, '')})
 
@@ -77,6 +77,20 @@ def test_results_keep_what_is_written_around_the_tables(figures, tmp_path):
     text = (tmp_path / 'docs/RESULTS.md').read_text()
     assert text.startswith('# Mine') and text.endswith('What it means.\n') and 'old' not in text
     assert text.count('**Recipes, stroke**') == 1 and 'Label conditioning' not in text
+
+
+def test_a_trial_on_few_subjects_takes_the_first_ones(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(study, 'script', lambda *words: None)
+    lists = tmp_path / 'data' / 'study_stroke_train' / 'data_info'
+    lists.mkdir(parents=True)
+    (tmp_path / 'result').mkdir()
+    (lists / 'train.txt').write_text('b\na\nc\n')
+    (lists / 'validation.txt').write_text('d\n')
+    assert study.data('stroke')[-1] == 'data/study_stroke_train/data_info'
+    few = lists.with_name('data_info_2')
+    assert study.data('stroke', subjects=2)[-1] == f'data/study_stroke_train/{few.name}'
+    assert (few / 'train.txt').read_text() == 'b\na\n' and (few / 'validation.txt').read_text() == 'd\n'
 
 
 def test_a_trial_is_done_once_all_its_sets_are(figures):
