@@ -205,15 +205,15 @@ def perform(trial, seed):
         cpu += script(name, *data(trial.task, subjects=trial.subjects), *common, *more)
     for group in trial.sets:
         if not trial.file(seed, group).exists():
-            split = 'test' if group in SETS else group
-            where = data(trial.task, group if group in SETS else None)
-            script('infer.py', *where, *common, *trial.infer.split(), '--split', split, '--only_model')
+            split, where = ('test', group) if group in SETS else (group, None)
+            script('infer.py', *data(trial.task, where), *common, *trial.infer.split(), '--split', split, '--only_model')
             name = 'test' if split == 'test' else f'infer_{split}'
             table = pd.read_csv(f'result/{exp}/{name}.csv').drop(columns=['qc', 'num_steps', 'samples'])
             write_atomic(trial.file(seed, group), lambda f, t=table: t.to_csv(f, index=False, float_format='%.5g'), 'w')
+    if trial.facts(seed).exists():  # trained before; only a further set was evaluated
+        return
     facts = dict(name=trial.name, seed=seed, training_cpu_seconds=round(cpu), commit=git_state()[:12],
-                 minutes=round((time.time() - began) / 60, 1), stages=trial.stages,
-                 infer=trial.infer)
+                 minutes=round((time.time() - began) / 60, 1), stages=trial.stages, infer=trial.infer)
     write_atomic(trial.facts(seed), lambda f: json.dump(facts, f, indent=1), 'w')
 
 
