@@ -205,8 +205,8 @@ def perform(trial, seed):
         cpu += script(name, *data(trial.task, subjects=trial.subjects), *common, *more)
     for group in trial.sets:
         if not trial.file(seed, group).exists():
-            split, where = ('test', group) if group in SETS else (group, None)
-            script('infer.py', *data(trial.task, where), *common, *trial.infer.split(), '--split', split, '--only_model')
+            split, own = ('test', group) if group in SETS else (group, None)
+            script('infer.py', *data(trial.task, own), *common, *trial.infer.split(), '--split', split, '--only_model')
             name = 'test' if split == 'test' else f'infer_{split}'
             table = pd.read_csv(f'result/{exp}/{name}.csv').drop(columns=['qc', 'num_steps', 'samples'])
             write_atomic(trial.file(seed, group), lambda f, t=table: t.to_csv(f, index=False, float_format='%.5g'), 'w')
