@@ -94,13 +94,13 @@ def rows(peer):
     against_monai('aae', 'ctp2dwi', words(batch_size=2), words(batch_size=1), **LARGE)
     against_monai('unet', 'ctp2dwi', words(batch_size=4), words(batch_size=1), **LARGE)
     against_monai('aae', 'mri2pet', CROP, words(image_size=(32, 48, 32)), **LARGE)
-    against_monai('unet', 'mri2pet', words(checkpointing=False), CROP, **LARGE)
+    against_monai('unet', 'mri2pet', words(checkpointing=False), words(image_size=(64, 96, 64)), **LARGE)
     if peer == 'monai':
         small = dict(warm=0, least=1, budget=0)
         found['monai/ctp2dwi/sample'] = ('peers.monai_sampler_rows',
                                          dict(preset='ctp2dwi', items=4, probe=words(image_size=(96, 112)), **small))
-        found['monai/mri2pet/sample'] = ('peers.monai_sampler_rows',
-                                         dict(preset='mri2pet', ddim=(1, 5), ddpm=(1, 5), probe=CROP, **small))
+        found['monai/mri2pet/sample'] = ('peers.monai_sampler_rows', dict(
+            preset='mri2pet', ddim=(1, 5), ddpm=(1, 5), probe=words(image_size=(64, 96, 64)), **small))
 
     # How cost grows; together with the rows above these give the bytes of activations per voxel.
     for size in ((48, 48, 48), (64, 64, 64)):
