@@ -102,13 +102,15 @@ def rows(peer):
         found['monai/mri2pet/sample'] = ('peers.monai_sampler_rows', dict(
             preset='mri2pet', ddim=(1, 5), ddpm=(1, 5), probe=words(image_size=(64, 96, 64)), **small))
 
-    # How cost grows; together with the rows above these give the bytes of activations per voxel.
-    for size in ((48, 48, 48), (64, 64, 64)):
-        step(f'growth/size/mri2pet/aae/{size[0]}', 'aae', 'mri2pet', words(image_size=size), **LARGE)
-    for size in ((80, 96, 80), (112, 128, 112)):
-        step(f'growth/size/mri2pet/unet/{size[0]}', 'unet', 'mri2pet', words(image_size=size), **LARGE)
-    for stage in ('aae', 'unet', 'post'):
-        step(f'growth/batch/ctp2dwi/{stage}/1', stage, 'ctp2dwi', words(batch_size=1), **LARGE)
+    # How cost grows; these give the bytes of activations per voxel. AdamW: while it steps, Muon may hold more than they.
+    for stage, sizes in (('aae', (48, 96)), ('unet', (96, 160))):
+        for n in sizes:
+            more = words(image_size=(n, n, n), optimizer='adam')
+            step(f'growth/size/mri2pet/{stage}/{n}', stage, 'mri2pet', more, **LARGE)
+    for stage, batches in (('aae', (1, 4)), ('unet', (2, 12)), ('post', (2, 6))):
+        for batch in batches:
+            more = words(batch_size=batch, optimizer='adam')
+            step(f'growth/batch/ctp2dwi/{stage}/{batch}', stage, 'ctp2dwi', more, **LARGE)
     for batch in (4, 64):
         step(f'growth/batch/ctp2dwi_demo/unet/{batch}', 'unet', 'ctp2dwi_demo', words(batch_size=batch))
     found['growth/subjects'] = ('timing.cohort_rows', dict(counts=(2, 8)))

@@ -56,7 +56,7 @@ def voxels(row):
 
 def capacity(table, preset, stage, note):
     """Computed: bytes a voxel from a line through the rows of growing size or batch; samples a step of two GPUs."""
-    names = [n for n in table if n == f'ours/{preset}/{stage}' or n.startswith('growth/') and f'{preset}/{stage}/' in n]
+    names = [n for n in table if n.startswith('growth/') and f'/{preset}/{stage}/' in n]
     points = [(voxels(table[n]), float(table[n]['memory_mb']) * 1e6) for n in names if table[n].get('memory_mb')]
     if len({x for x, _ in points}) < 2:
         return []

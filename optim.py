@@ -55,21 +55,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params = [p for p in group['params'] if p.grad is not None]
-            if not params:
-                continue
-            grads = [p.grad for p in params]
-            momenta = [self.state[p].setdefault('momentum', torch.zeros_like(p)) for p in params]
-            torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
-            directions = torch._foreach_lerp(grads, momenta, group['momentum'])
-            torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
             by_shape = {}
-            for p, direction in zip(params, directions, strict=True):
-                by_shape.setdefault(p.shape, []).append((p, direction))
-            for shape, pairs in by_shape.items():
-                updates = orthogonalise(torch.stack([u.flatten(1) for _, u in pairs]), self.dtype)
+            for p in group['params']:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for shape, params in by_shape.items():
+                grads = [p.grad for p in params]
+                momenta = [self.state[p].setdefault('momentum', torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
+                directions = torch._foreach_lerp(grads, momenta, group['momentum'])
+                updates = orthogonalise(torch.stack([u.flatten(1) for u in directions]), self.dtype)
                 lr = group['lr'] * max(1, shape[0] / shape[1:].numel()) ** 0.5
-                torch._foreach_add_([p for p, _ in pairs], [u.view(shape) for u in updates], alpha=-lr)
+                torch._foreach_mul_(params, 1 - group['lr'] * group['weight_decay'])
+                torch._foreach_add_(params, [u.view(shape) for u in updates], alpha=-lr)
 
 
 class MuonAdamW:

@@ -130,8 +130,8 @@ def test_what_a_gpu_can_take():
     def row(name, size, batch, memory):
         return dict(name=name, size=size, batch=str(batch), memory_mb=str(memory), parameters='1e6')
 
-    made = [row('ours/ctp2dwi/unet', '192x224', 4, 1000 + 4 * 43.008), row('growth/batch/ctp2dwi/unet/1', '192x224', 1,
-                                                                         1000 + 43.008)]
+    made = [row('growth/batch/ctp2dwi/unet/4', '192x224', 4, 1000 + 4 * 43.008),
+            row('growth/batch/ctp2dwi/unet/1', '192x224', 1, 1000 + 43.008)]
     found = {name: value for name, value, *_ in benchmark.conclusions({r['name']: r for r in made})}
     assert found['activations ctp2dwi unet'] == pytest.approx(1000)  # 43.008 MB for 192 x 224 voxels
     assert found['24 GB GPU ctp2dwi unet'] == (24e9 - 20e6 - 1e9) // 43.008e6
