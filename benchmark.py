@@ -102,7 +102,7 @@ def rows(peer):
         found['monai/mri2pet/sample'] = ('peers.monai_sampler_rows', dict(
             preset='mri2pet', ddim=(1, 5), ddpm=(1, 5), probe=words(image_size=(64, 96, 64)), **small))
 
-    # How cost grows; these give the bytes of activations per voxel. AdamW: while it steps, Muon may hold more than they.
+    # How cost grows, and the bytes of activations per voxel. AdamW: while Muon steps it may hold more than those.
     for stage, sizes in (('aae', (48, 96)), ('unet', (96, 160))):
         for n in sizes:
             more = words(image_size=(n, n, n), optimizer='adam')
