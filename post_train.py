@@ -12,6 +12,8 @@ The lesion mask (amyloid: the cortical composite) is needed in training only; ta
 checkpoints.
 """
 
+import copy
+
 import numpy as np
 import torch
 
@@ -99,6 +101,7 @@ def main():
         raise config.SettingError('post-training with w_lesion above 0 needs the lesion template; '
                                   'set lesion, or --w_lesion 0')
     encoder_of = fingerprint(model.aae)
+    before = copy.deepcopy(model.aae)  # LAPT's reconstructions: those of a tuned decoder would move towards its errors
     lists = utils.seed_key(train_ids, validation_ids)
     stage = Stage(run, cfg, 'post', FIXED, lists=lists, unet=fingerprint(model.unet))
     with stage.main_first():
@@ -144,10 +147,10 @@ def main():
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
     current, how, diffusion = averaged(model, ema.net), Sampling.of(cfg), model.diffusion
 
-    before = Model(current.aae, current.unet, current.diffusion)  # row 0: the network before this stage
+    latent = Model(current.aae, current.unet, current.diffusion)  # row 0: without the detail branch
 
     def predict(subject):
-        return translate(run, current if step else before, subject.stacked, subject.id, how)
+        return translate(run, current if step else latent, subject.stacked, subject.id, how)
 
     if diffusion.predict == 'eps' and how.sampler == 'one_step':
         raise config.SettingError("sampler 'one_step' is refused: this network predicts eps; use --sampler ddim")
@@ -175,8 +178,7 @@ def main():
         batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, cfg.shift)
         with torch.no_grad(), run.autocast():
             z_0 = model.aae.encode(batch['target']).float()
-            # LAPT compares with the reconstruction.
-            goal = batch['target'] if cfg.post_loss == 'l1' else current.aae.decode(z_0).float()
+            goal = batch['target'] if cfg.post_loss == 'l1' else before.decode(z_0).float()
         t, eps, label = diffusion.draws(z_0, batch['label'], spec.num_classes, cfg.label_drop, cfg.post_last_step_share)
         lr = utils.lr_at(step, cfg.post_steps, cfg.post_lr, cfg.warmup)
         utils.set_lr(opt, lr)
