@@ -6,6 +6,8 @@ import test_stage
 import torch
 from test_stage import Loop, Stop, stop_at
 
+import dataset
+import losses
 import optim
 import utils
 from diffusion import Diffusion
@@ -173,3 +175,31 @@ def test_losses_and_schedule_stay_in_float32():
         values = reconstruction_l1(pred, image, mask), *post_training_error(pred, image, mask, mask, 'l1')
         assert all(x.dtype == torch.float32 for x in (loss, z_0_hat, *values))
     assert diffusion.alpha_bar.dtype == torch.float64
+
+
+def test_lapts_goal_is_the_reconstruction_of_stage_1_while_the_decoder_is_tuned(base, monkeypatch):
+    path, words = base
+    monkeypatch.chdir(path / 'stroke')
+    images, goals, augment, error = [], [], dataset.augment, losses.post_training_error
+
+    def augmented(*args):
+        batch = augment(*args)
+        images.append(batch['target'])
+        return batch
+
+    def recorded(pred, target, *args, **kwargs):
+        goals.append(target)
+        return error(pred, target, *args, **kwargs)
+
+    monkeypatch.setattr(dataset, 'augment', augmented)
+    monkeypatch.setattr(losses, 'post_training_error', recorded)
+    made_runs.call('post_train', *words['stroke'], *made_runs.steps(3), '--exp', 'goal', '--init_from', 'base',
+                   '--precision', 'fp32', '--post_loss', 'lapt', '--post_lr', '0.01', '--warmup', '1',
+                   '--detail_branch', 'False')
+    stage_1 = made_runs.loaded('result/base/CHECKPOINT_AAE.pth.tar')
+    aae = AAE(**stage_1['args'])
+    aae.load_state_dict(stage_1['net'])
+    assert len(goals) == 3
+    with torch.no_grad():
+        for image, goal in zip(images, goals, strict=True):
+            torch.testing.assert_close(goal, aae(image), rtol=1e-3, atol=1e-3)
