@@ -101,7 +101,8 @@ def main():
         raise config.SettingError('post-training with w_lesion above 0 needs the lesion template; '
                                   'set lesion, or --w_lesion 0')
     encoder_of = fingerprint(model.aae)
-    before = copy.deepcopy(model.aae)  # LAPT's reconstructions: those of a tuned decoder would move towards its errors
+    # LAPT's goal is the reconstruction of stage 1: that of the tuned decoder would follow its errors.
+    before = copy.deepcopy(model.aae) if cfg.post_loss == 'lapt' else None
     lists = utils.seed_key(train_ids, validation_ids)
     stage = Stage(run, cfg, 'post', FIXED, lists=lists, unet=fingerprint(model.unet))
     with stage.main_first():
