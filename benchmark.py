@@ -37,7 +37,7 @@ COLUMNS = ('name', 'row', 'ratio', 'seconds_step', 'seconds_subject', 'memory_mb
 # ------------------------------------------------------------------------------------------------------------------
 # The rows: name -> (function of timing, plain or peers, its arguments). What is smaller than the preset says so.
 
-CROP = ['--image_size', '(80, 96, 80)']
+CROP = ['--image_size', '(80, 96, 80)', '--checkpointing', 'False']
 LARGE = dict(warm=0, least=2, budget=2.0)  # the step that counts FLOPs warms up
 DEMOS = ('ctp2dwi_demo', 'mri2pet_demo')
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from layers import Attention, PlainBlock, ResBlock, SourceWhitening, conv, group_norm, upsample, zero_init
+from layers import Attention, PlainBlock, ResBlock, SourceWhitening, conv, conv_out, group_norm, upsample, zero_init
 
 # ------------------------------------------------------------------------------------------------------------------
 # Stage 1: the adversarial autoencoder.
@@ -54,7 +54,7 @@ class Decoder(nn.Module):
             conv(dims, latent_channels, w_2), *[ResBlock(dims, w_2, w_2) for _ in range(blocks + 1)],
             nn.Upsample(scale_factor=2), conv(dims, w_2, w_1), *[ResBlock(dims, w_1, w_1) for _ in range(blocks)],
             nn.Upsample(scale_factor=2), conv(dims, w_1, w_0), *[PlainBlock(dims, w_0) for _ in range(blocks)],
-            nn.ReLU(), zero_init(conv(dims, w_0, image_channels)))
+            nn.ReLU(inplace=True), conv_out(dims, w_0, image_channels))
         transposed = nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d
         self.shortcut = transposed(latent_channels, image_channels, 4, stride=4)
         nn.init.orthogonal_(self.shortcut.weight)
@@ -280,7 +280,7 @@ class PixelUNet(nn.Module):
                 self.up.append(nn.Sequential(conv(dims, 2 * w, w), *self.level(dims, i, w, blocks)))
         self.join_at = min(2, len(widths) - 1)  # the level at a quarter of the size, or the coarsest
         self.join = conv(dims, feature_channels, widths[self.join_at], kernel=1) if feature_channels else None
-        self.out = nn.Sequential(nn.ReLU(), zero_init(conv(dims, widths[0], image_channels)))
+        self.out = nn.Sequential(nn.ReLU(inplace=True), conv_out(dims, widths[0], image_channels))
 
     @staticmethod
     def level(dims, i, w, blocks):

@@ -21,7 +21,7 @@ from model import UNet, latent_grid
 # Where the structures differ, the numbers of blocks are chosen so that FLOPs and parameters meet.
 AAE_MATCH = {  # preset: our --aae_blocks, MONAI's num_res_blocks a level, its discriminator's layers and channels
     'ctp2dwi_demo': (2, (1, 1, 3), 2, 16), 'mri2pet_demo': (3, (1, 1, 4), 2, 8),
-    'ctp2dwi': (3, (1, 1, 4), 3, 16), 'mri2pet': (3, (1, 1, 4), 2, 8)}
+    'ctp2dwi': (3, (1, 1, 4), 3, 16), 'mri2pet': (3, (1, 2, 4), 2, 8)}
 
 
 BETAS = dict(schedule='scaled_linear_beta', beta_start=0.0015, beta_end=0.0195)
@@ -35,20 +35,23 @@ def made_batch(cfg, device, batch):
 
 
 def our_unet(cfg, run, batch):
-    """A step of our U-Net on latents with the conditioning at hand -> (step, parameters)."""
+    """A step of our U-Net on latents with the conditioning at hand -> (step, parameters).
+
+    As MONAI's: forward, backward, AdamW; without the clipping and the weight average of train_unet.py.
+    """
     unet = UNet(cfg.spatial_dims, cfg.latent_channels, 1, cfg.unet_channels, cfg.unet_blocks, cfg.unet_attention,
                 cfg.cond_channels, cfg.cond_width)
     unet.encode_source = nn.Identity()  # MONAI has none
     unet, (_, z_0, cond) = run.place(unet, latent_grid(cfg.image_size)), made_batch(cfg, run.device, batch)
-    diffusion, opt, ema = Diffusion().to(run.device), optim.make('adam', [(unet, 1)]), utils.EMA(unet, cfg.ema)
+    diffusion, opt = Diffusion().to(run.device), optim.make('adam', [(unet, 1)])
     utils.set_lr(opt, cfg.lr)
 
     def step():
         with run.autocast():
             loss = diffusion.loss(unet, z_0, cond=cond)[0].mean()
         run.backward(loss)
-        run.update(opt, cfg.grad_clip)
-        ema.update(unet, 1)
+        opt.step()
+        opt.zero_grad(set_to_none=True)
 
     return step, unet
 
