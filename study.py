@@ -357,13 +357,13 @@ def write_results():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--only', default='', help='runs whose name contains this')
+    parser.add_argument('--only', default='', help='the run of this name, or those whose name contains it')
     parser.add_argument('--seeds', type=int, default=3, help='only the first of the seeds: 1, 2 or 3')
     parser.add_argument('--list', action='store_true', help='what there is, and what is done')
     parser.add_argument('--tables', action='store_true', help='only write the tables')
     args = parser.parse_args()
     os.chdir(Path(__file__).parent)
-    trials = [trial for trial in TRIALS if args.only in trial.name]
+    trials = [BY_NAME[args.only]] if args.only in BY_NAME else [t for t in TRIALS if args.only in t.name]
     if not trials:
         raise RunError(f"no run has '{args.only}' in its name; --list shows them")
     if args.list:
