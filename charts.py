@@ -224,3 +224,21 @@ def draw_calibration(path, targets, dpi=110):
         ax.set_box_aspect(1)
         ax.legend(fontsize=8, loc='upper left')
     _save(figure, path, dpi)
+
+
+def draw_tradeoff(path, curves, dpi=110):
+    """
+    Lesion MAE against PSNR.
+
+    curves: name -> list of ((PSNR, low, high), (lesion MAE, low, high)), joined in their order.
+    """
+    figure, ax = plt.subplots(figsize=(7.6, 4.6), layout='constrained')
+    for (name, points), colour, marker in zip(curves.items(), COLOURS, 'osD^v', strict=False):
+        (x, x_low, x_high), (y, y_low, y_high) = np.array(points).transpose(1, 2, 0)
+        ax.errorbar(x, y, [y - y_low, y_high - y], [x - x_low, x_high - x], color=colour, marker=marker, capsize=2,
+                    markersize=7, linewidth=1.4, elinewidth=0.7, label=name)
+    ax.set(xlabel=r'PSNR, mean of DWI and ADC (dB, $\rightarrow$ better)',
+           ylabel=r'lesion MAE (scaled 0 to 1, $\downarrow$ better)')
+    ax.grid(alpha=0.25)
+    ax.legend(fontsize=8)
+    _save(figure, path, dpi)

@@ -16,6 +16,7 @@ MONAI is not in requirements.txt: install monai and einops into another environm
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -131,7 +132,8 @@ def predict(cfg, run, aae, unet, scale, subject):
 def main():
     extra = {'cpu_seconds': ('1200', 'CPU seconds of training, half for each stage'),
              'tutorial_widths': (False, "the tutorial's widths instead of the settings'"),
-             'only_validation': (False, 'leave the test split alone')}
+             'only_validation': (False, 'leave the test split alone'),
+             'also': ('', 'further data folders, by commas, whose test split is translated: monai_<folder>.csv')}
     cfg = config.load(__doc__, extra=extra)
     peers.load_monai()
     cfg.context = 0
@@ -147,9 +149,12 @@ def main():
     facts['unet_steps'], facts['scale'] = train_unet(cfg, run, cohort, aae.eval(), unet, each)
     unet.eval()
     folder.mkdir(parents=True, exist_ok=True)
-    for split in ('validation',) if cfg.only_validation else ('validation', 'test'):
-        rows, errors = evaluate(run, lambda subject: predict(cfg, run, aae, unet, facts['scale'], subject), spec,
-                                lists[split], quick=False, label=split)
+    groups = {split: (spec, lists[split]) for split in ('validation', 'test')[:1 if cfg.only_validation else 2]}
+    for root in filter(None, cfg.also.split(',')):
+        groups[Path(root).name] = replace(spec, root=root), dataset.read_split(f'{root}/data_info', 'test')
+    for split, (where, ids) in groups.items():
+        rows, errors = evaluate(run, lambda subject: predict(cfg, run, aae, unet, facts['scale'], subject), where, ids,
+                                quick=False, label=split)
         if errors:
             raise utils.RunError(errors[0])
         table = pd.DataFrame(rows)

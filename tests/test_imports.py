@@ -17,7 +17,7 @@ LEAVES = {'config', 'dataset', 'model', 'diffusion', 'losses', 'metrics', 'utils
           'anatomy', 'stroke', 'amyloid', 'describe',            # the parts of phantom.py
           'experiment', 'charts', 'montage', 'report'}           # the parts of plot.py
 SCRIPTS = {'phantom', 'translate', 'evaluate', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot', 'benchmark',
-           'study', 'monai_ldm',
+           'study', 'trials', 'tables', 'monai_ldm',
            'timing', 'turns', 'conclusions', 'plain', 'peers'}           # the parts of benchmark.py
 MORE = {                                                         # what else a file may import of ours
     'model': {'layers'},
@@ -35,6 +35,8 @@ MORE = {                                                         # what else a f
     'plain': {'timing', 'train_aae', 'train_unet'},
     'peers': {'timing'},
     'monai_ldm': {'peers', 'evaluate', 'translate'},
+    'study': {'trials', 'tables'},
+    'tables': {'trials'},
 }
 TRAINING = {'train_aae', 'train_unet', 'post_train'}
 MAX_LINES = 380

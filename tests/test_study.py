@@ -8,27 +8,34 @@ import pytest
 
 import config
 import study
+import tables
+import trials
 import utils
 
 
 def test_trials_have_names_of_their_own_and_begin_from_known_ones():
-    assert len(study.BY_NAME) == len(study.TRIALS)
-    order = list(study.BY_NAME)
-    for trial in study.TRIALS:
-        assert trial.task in study.TASKS and set(trial.sets) <= {*study.SETS, 'validation'} and trial.about
+    assert len(trials.BY_NAME) == len(trials.TRIALS)
+    order = list(trials.BY_NAME)
+    for trial in trials.TRIALS:
+        assert trial.task in trials.TASKS and trial.about
+        assert set(trial.sets) <= {*trials.SETS, *trials.FEW, 'validation'}
         if trial.start:  # done before, with the same seeds
             assert order.index(trial.start) < order.index(trial.name)
-            assert set(trial.seeds) <= set(study.BY_NAME[trial.start].seeds)
-    for _, reference, others, groups in study.TABLES:
-        assert {reference, *others} <= set(order) and set(groups) <= set(study.BY_NAME[reference].sets)
+            assert set(trial.seeds) <= set(trials.BY_NAME[trial.start].seeds)
+    for _, reference, others, groups in tables.TABLES:
+        assert {reference, *others} <= set(order)
+        assert {trials.FEW.get(group, (group,))[0] for group in groups} <= set(trials.BY_NAME[reference].sets)
+    assert {name for names in tables.CURVES.values() for name in names} <= set(order)
 
 
-@pytest.mark.parametrize('trial', study.TRIALS, ids=lambda trial: trial.name)
+@pytest.mark.parametrize('trial', trials.TRIALS, ids=lambda trial: trial.name)
 def test_every_command_of_a_trial_is_one_that_the_script_takes(trial):
-    preset = ['--preset', f'{study.TASKS[trial.task]}_demo']
+    preset = ['--preset', f'{trials.TASKS[trial.task]}_demo']
     for command in trial.stages:
         script, *words = command.split()
-        assert words.count('--w_lesion') < 2 and script in (study.AAE, study.UNET, study.POST)
+        if command == trials.MONAI:
+            continue
+        assert words.count('--w_lesion') < 2 and script in (trials.AAE, trials.UNET, trials.POST)
         config.load('', [*preset, *words], {'restart': (False, '')})
     config.load('', [*preset, *trial.infer.split()], {'stage': ('auto', ''), 'only_model': (False, '')})
 
@@ -39,14 +46,14 @@ def figures(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     base = pd.DataFrame({'ID': [f's{i:02}' for i in range(20)]})
-    for column in study.COLUMNS['stroke']:
+    for column in tables.COLUMNS['stroke']:
         base[column] = rng.normal(20, 2, 20)
     base.loc[:3, 'lesion_mae'] = np.nan
 
     def write(name, seed, shift):
         table = base.copy()
         table['dwi_psnr'] += shift
-        path = study.BY_NAME[name].file(seed, 'test')
+        path = trials.BY_NAME[name].file(seed, 'test')
         path.parent.mkdir(parents=True, exist_ok=True)
         table.sample(frac=1, random_state=seed).to_csv(path, index=False)  # in any order
 
@@ -58,10 +65,10 @@ def figures(tmp_path, monkeypatch):
 
 
 def test_tables_average_seeds_within_subjects_and_test_pairs(figures):
-    table, seeds = study.subjects(study.BY_NAME['stroke/regression'], 'test')
-    assert seeds == 2 and list(table['ID']) == list(figures['ID'])
+    table = tables.subjects(trials.BY_NAME['stroke/regression'], 'test')
+    assert list(table['ID']) == list(figures['ID'])
     np.testing.assert_allclose(table['dwi_psnr'], figures['dwi_psnr'] - 1)
-    lines = study.table_lines('Recipes', 'stroke/ours',
+    lines = tables.table_lines('Recipes', 'stroke/ours',
                               ['stroke/regression', 'stroke/from_zero', 'stroke/lapt'], 'test')
     ours, regression, zero = [line.split(' | ') for line in lines if line.startswith('| ') and 'seeds' not in line][1:]
     assert len(lines) == 8 and '20 subjects' in lines[0]  # what is not done is left out
@@ -70,12 +77,35 @@ def test_tables_average_seeds_within_subjects_and_test_pairs(figures):
     assert float(regression[3].split('*')[0]) == pytest.approx(figures['dwi_psnr'].mean() - 1, abs=0.06)
 
 
+def test_one_seed_is_tested_against_the_same_seed(figures):
+    # A second seed of ours lies 3 dB lower: their mean is no measure for a control of the first seed alone.
+    lower = pd.read_csv(trials.BY_NAME['stroke/ours'].file(0, 'test')).assign(dwi_psnr=lambda t: t['dwi_psnr'] - 3)
+    lower.to_csv(trials.BY_NAME['stroke/ours'].file(1, 'test'), index=False)
+    lines, seeds, p = tables.compared('stroke/ours', ['stroke/from_zero'], 'test')
+    assert seeds == {'stroke/ours': [0], 'stroke/from_zero': [0]} and not p['dwi_psnr', 'stroke/from_zero'] < 1
+    np.testing.assert_allclose(lines['stroke/ours']['dwi_psnr'], figures['dwi_psnr'])
+    lines, seeds, p = tables.compared('stroke/ours', ['stroke/regression', 'stroke/from_zero'], 'test')
+    assert seeds['stroke/ours'] == seeds['stroke/regression'] == [0, 1] and seeds['stroke/from_zero'] == [0]
+    np.testing.assert_allclose(lines['stroke/ours']['dwi_psnr'], figures['dwi_psnr'] - 1.5)
+    assert not p['dwi_psnr', 'stroke/from_zero'] < 1 and p['dwi_psnr', 'stroke/regression'] < 0.05  # 0.5 dB above
+
+
+def test_a_table_of_the_first_subjects_takes_theirs_from_the_whole_set(figures):
+    assert tables.compared('stroke/ours', ['stroke/ddpm'], 'first10') == ({}, {}, {})  # not done
+    figures[:7].assign(dwi_psnr=figures['dwi_psnr'] - 2).to_csv(trials.BY_NAME['stroke/ddpm'].file(0, 'first10'))
+    lines, seeds, p = tables.compared('stroke/ours', ['stroke/ddpm'], 'first10')
+    assert list(lines['stroke/ours']['ID']) == list(lines['stroke/ddpm']['ID']) == list(figures['ID'][:7])
+    assert seeds['stroke/ours'] == [0] and p['dwi_psnr', 'stroke/ddpm'] < 1 / 2
+    assert '7 subjects' in tables.table_lines('1000', 'stroke/ours', ['stroke/ddpm'], 'first10')[0]
+
+
 def test_results_keep_what_is_written_around_the_tables(figures, tmp_path):
     (tmp_path / 'docs/RESULTS.md').write_text('# Mine\n<!-- tables: written by study.py -->\nold\n'
                                               '<!-- end of the tables -->\nWhat it means.\n')
-    study.write_results()
+    tables.write_results()
     text = (tmp_path / 'docs/RESULTS.md').read_text()
     assert text.startswith('# Mine') and text.endswith('What it means.\n') and 'old' not in text
+    assert (tmp_path / 'docs/tradeoff.png').stat().st_size > 10000
     assert text.count('**Recipes, stroke**') == 1 and 'Label conditioning' not in text
 
 
@@ -90,11 +120,16 @@ def test_a_trial_on_few_subjects_takes_the_first_ones(tmp_path, monkeypatch):
     assert study.data('stroke')[-1] == 'data/study_stroke_train/data_info'
     few = lists.with_name('data_info_2')
     assert study.data('stroke', subjects=2)[-1] == f'data/study_stroke_train/{few.name}'
+    tests = tmp_path / 'data' / 'study_stroke_test' / 'data_info'
+    tests.mkdir(parents=True)
+    (tests / 'test.txt').write_text('\n'.join(f's{i:02}' for i in range(20)) + '\n')
+    assert study.data('stroke', 'first10')[-1] == 'data/study_stroke_test/data_info_10'
+    assert (tests.with_name('data_info_10') / 'test.txt').read_text().split() == [f's{i:02}' for i in range(10)]
     assert (few / 'train.txt').read_text() == 'b\na\n' and (few / 'validation.txt').read_text() == 'd\n'
 
 
 def test_a_trial_is_done_once_all_its_sets_are(figures):
-    ours, regression = study.BY_NAME['stroke/ours'], study.BY_NAME['stroke/from_zero']
+    ours, regression = trials.BY_NAME['stroke/ours'], trials.BY_NAME['stroke/from_zero']
     assert not study.is_done(ours, 0) and study.is_done(regression, 0)  # ours has two sets
 
 
@@ -108,7 +143,7 @@ def test_list_says_what_is_done(monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['study.py', '--list', '--only', 'amyloid/'])
     study.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == sum(trial.task == 'amyloid' for trial in study.TRIALS)
+    assert len(lines) == sum(trial.task == 'amyloid' for trial in trials.TRIALS)
     assert all(line.startswith('amyloid/') and ('to do' in line or 'done' in line) for line in lines)
     monkeypatch.setattr(sys, 'argv', ['study.py', '--only', 'nothing'])
     with pytest.raises(utils.RunError, match="no run has 'nothing' in its name"):

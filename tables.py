@@ -1,0 +1,181 @@
+"""
+The tables and the figure of docs/RESULTS.md, from the figures of each subject that study.py keeps under docs/study.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+import metrics
+import status
+from trials import BOTH, BY_NAME, FEW, VALIDATION
+from utils import write_atomic
+
+COLUMNS = {
+    'stroke': dict(dwi_psnr='DWI PSNR, dB', adc_psnr='ADC PSNR, dB', dwi_ms_ssim='DWI MS-SSIM', lesion_mae='lesion MAE',
+                   lesion_contrast_error='contrast error', lesion_dice_2ml='Dice above 2 ml',
+                   lesion_detected='detected', false_lesion_ml='false lesion, ml', lesion_rim_mae='rim MAE'),
+    'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error')}
+TEST = ('test',)
+TABLES = [  # title, the first line, the others, sets
+    ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/start'], BOTH),
+    ('Lesion weight', 'stroke/ours', ['stroke/weight_05', 'stroke/weight_1'], TEST),
+    ('Loss, weights, decoder, without detail branch', 'stroke/no_detail',
+     ['stroke/no_detail_weight_0', 'stroke/no_detail_weight_2', 'stroke/lapt_loss', 'stroke/frozen_decoder'], TEST),
+    ('Recipes, stroke', 'stroke/ours', ['stroke/regression', 'stroke/regression_plain'], BOTH),
+    ('Recipes, stroke, one seed', 'stroke/ours',
+     ['stroke/no_detail', 'stroke/regression_slices', 'stroke/from_zero', 'stroke/latent_regression', 'stroke/lapt',
+      'stroke/monai'], TEST),
+    ('Sampling, stroke', 'stroke/ours', ['stroke/ddim2', 'stroke/ddim10', 'stroke/ddim50', 'stroke/samples4',
+                                         'stroke/samples16', 'stroke/not_mirrored'], TEST),
+    ('1000 steps', 'stroke/ours', ['stroke/ddim50', 'stroke/ddpm'], tuple(FEW)),
+    ('Fast settings', 'stroke/ours', ['stroke/fp32', 'stroke/adam'], TEST),
+    ('Subjects and steps', 'stroke/ours', ['stroke/subjects_10', 'stroke/subjects_30', 'stroke/steps_half',
+                                           'stroke/steps_double'], TEST),
+    ('Learning rates', 'stroke/ours', ['stroke/post_lr_half', 'stroke/post_lr_double', 'stroke/regression_plain',
+                                       'stroke/regression_lr_half', 'stroke/regression_lr_double'], VALIDATION),
+    ('Label conditioning', 'amyloid/ours', ['amyloid/no_label', 'amyloid/never_dropped', 'amyloid/label_given'], TEST),
+    ('Guidance', 'amyloid/label_given', ['amyloid/guidance2', 'amyloid/guidance4'], TEST),
+    ('Recipes, amyloid', 'amyloid/ours', ['amyloid/regression'], BOTH),
+    ('Recipes, amyloid, one seed', 'amyloid/ours', ['amyloid/stage2', 'amyloid/control', 'amyloid/ddim50',
+                                                    'amyloid/il_cldm'], TEST),
+]
+# The figure: lesion MAE against PSNR as the weight of the lesion grows.
+CURVES = {'ours: its start, w_lesion 0.3, 0.5, 1': ('stroke/start', 'stroke/ours', 'stroke/weight_05',
+                                                   'stroke/weight_1'),
+          'without detail branch: control, w_lesion 0, 0.3, 2': (
+              'stroke/control', 'stroke/no_detail_weight_0', 'stroke/no_detail', 'stroke/no_detail_weight_2'),
+          "without detail branch, LAPT's loss": ('stroke/lapt_loss',),
+          'regression U-Net: w_lesion 0, 0.3': ('stroke/regression_plain', 'stroke/regression')}
+
+
+def done_seeds(trial, group):
+    """The seeds of a trial that have figures on a set."""
+    return [seed for seed in trial.seeds if trial.file(seed, group).exists()]
+
+
+def subjects(trial, group, seeds=None):
+    """A trial's figures on a set, (these) seeds averaged for each subject; None if there are none.
+
+    Of the first subjects of a set (FEW) a trial may have no figures of its own: those of the whole set are given.
+    """
+    if group in FEW and not done_seeds(trial, group):
+        group = FEW[group][0]
+    tables = [pd.read_csv(trial.file(seed, group), dtype={'ID': str}) for seed in done_seeds(trial, group)
+              if seeds is None or seed in seeds]
+    if not tables:
+        return None
+    for table in tables:
+        if 'suvr_error' in table:
+            table['suvr_error_abs'] = table['suvr_error'].abs()
+    return pd.concat(tables).groupby('ID', sort=True).mean().reset_index()
+
+
+def auc_cell(table):
+    """AUC of the synthetic composite SUVR for the true PET's status, with its interval."""
+    positive = (table['suvr_true'] > status.TRUE_THRESHOLD).astype(int)
+    found = status.classify(table['suvr_pred'], positive, table['suvr_pred'], positive)
+    return f"{found['auc']:.2f} ({found['auc_ci_low']:.2f} .. {found['auc_ci_high']:.2f})"
+
+
+def compared(reference, others, group):
+    """(name -> table of the same subjects, name -> seeds, Holm's p as (metric, name) -> p) of one table of the report.
+
+    Each line is tested against the first one's same seeds: one seed against the mean of three would be unfair. The
+    first line shows the seeds of all others together.
+    """
+    lines = {name: subjects(BY_NAME[name], group) for name in (reference, *others)}
+    lines = {name: table for name, table in lines.items() if table is not None}
+    if reference not in lines or len(lines) < 2:
+        return {}, {}, {}
+    if group in FEW and not any(done_seeds(BY_NAME[name], group) for name in lines):
+        return {}, {}, {}
+    found = FEW[group][0] if group in FEW else group
+    seeds = {name: done_seeds(BY_NAME[name], group) or done_seeds(BY_NAME[name], found) for name in lines}
+    shared = {name: set(seeds[name]) & set(seeds[reference]) for name in lines if name != reference}
+    seeds[reference] = sorted(set().union(*shared.values()))
+    lines[reference] = subjects(BY_NAME[reference], group, seeds[reference])
+    same = set.intersection(*(set(table['ID']) for table in lines.values()))
+    lines = {name: table[table['ID'].isin(same)].reset_index(drop=True) for name, table in lines.items()}
+
+    columns, base, moved = list(COLUMNS[BY_NAME[reference].task]), lines[reference], {}
+    for name, common in shared.items():  # the first line + (this one - the first line's same seeds)
+        own = subjects(BY_NAME[reference], group, common)
+        own = own[own['ID'].isin(same)].reset_index(drop=True)
+        paired = subjects(BY_NAME[name], group, common)
+        paired = paired[paired['ID'].isin(same)].reset_index(drop=True)
+        moved[name] = base[['ID']].assign(**{c: base[c] + (paired[c] - own[c]) for c in columns})
+    tests = metrics.summarise(base[['ID', *columns]], moved, 0).set_index('metric')
+    return lines, seeds, {(c, name): tests[f'{name}_p_holm'][c] for c in columns for name in shared}
+
+
+def table_lines(title, reference, others, group):
+    """One table in Markdown: mean and 95 % interval over subjects; * where Holm's p against the first line < 0.05."""
+    lines, seeds, p_holm = compared(reference, others, group)
+    if not lines:
+        return []
+    task = BY_NAME[reference].task
+    columns, extra = COLUMNS[task], ['AUC'] if task == 'amyloid' else []
+    text = [f'**{title}**, {len(lines[reference])} subjects of the set "{group}"', '',
+            '| | seeds | CPU s | ' + ' | '.join([*columns.values(), *extra]) + ' |',
+            '| --- |' + ' --- |' * (2 + len(columns) + len(extra))]
+    for name, table in lines.items():
+        cells = []
+        for column in columns:
+            values = table[column].dropna().to_numpy()
+            low, high = metrics.bootstrap_ci(values, 0)
+            star = '*' if p_holm.get((column, name), 1) < 0.05 else ''
+            cells.append(f'{short(values.mean())}{star} ({short(low)} .. {short(high)})')
+        cells += [auc_cell(table)] if extra else []
+        about = BY_NAME[name].about
+        about = f'**{about}**' if name == reference else about
+        text.append(f'| {about} | {len(seeds[name])} | {cpu_seconds(BY_NAME[name])} | ' + ' | '.join(cells) + ' |')
+    return [*text, '']
+
+
+def short(value):
+    return f'{value:.1f}' if abs(value) >= 10 else f'{value:.2f}' if abs(value) >= 1 else f'{value:.3f}'
+
+
+def cpu_seconds(trial):
+    """CPU seconds of training, all stages, median of the seeds; "+": a trial that begins from another's stages."""
+    known = [json.loads(trial.facts(s).read_text()) for s in trial.seeds if trial.stages and trial.facts(s).exists()]
+    seconds = [facts['training_cpu_seconds'] for facts in known if facts['training_cpu_seconds']]
+    return f'{np.median(seconds):.0f}' + '+' * bool(trial.start) if seconds else ''
+
+
+def draw_tradeoff(path):
+    """Lesion MAE against PSNR (mean of DWI and ADC) of the trials of CURVES, seed 0 of the test set, with intervals."""
+    from charts import draw_tradeoff as draw
+    curves = {}
+    for label, names in CURVES.items():
+        points = []
+        for table in filter(lambda t: t is not None, (subjects(BY_NAME[name], 'test', [0]) for name in names)):
+            both = ((table['dwi_psnr'] + table['adc_psnr']) / 2).to_numpy(), table['lesion_mae'].dropna().to_numpy()
+            points.append([(x.mean(), *metrics.bootstrap_ci(x, 0)) for x in both])
+        if points:
+            curves[label] = points
+    if curves:
+        draw(path, curves)
+
+
+def write_results():
+    """docs/RESULTS.md: the tables between the markers are written anew, what stands outside them stays."""
+    lines = []
+    for title, reference, others, groups in TABLES:
+        for group in groups:
+            lines += table_lines(title, reference, others, group)
+    path = Path('docs/RESULTS.md')
+    begin, end = '<!-- tables: written by study.py -->', '<!-- end of the tables -->'
+    old = path.read_text(encoding='utf-8') if path.exists() else f'# Results\n\n{begin}\n{end}\n'
+    head, rest = old.split(begin)
+    tail = rest.split(end)[1]
+    note = ('Mean over subjects, seeds averaged for each subject first, and 95 % bootstrap interval; * differs from '
+            'the same seeds of the first line (paired Wilcoxon, Holm over the table, p < 0.05). CPU s: process seconds '
+            'of training, median of the seeds; "+" comes on top of the stages it starts from.')
+    text = '\n'.join([f'{head}{begin}', '', note, '', *lines, f'{end}{tail}'])
+    write_atomic(path, lambda f: f.write(text), 'w')
+    draw_tradeoff(path.with_name('tradeoff.png'))
+    print(f'{path} written')

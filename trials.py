@@ -1,0 +1,136 @@
+"""
+What study.py runs: each training (or other way to sample) with its control, and the sets it is evaluated on.
+
+Steps are set so that the recipes of one table take about the same CPU seconds; the tables state them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+FIGURES = Path('docs/study')
+SETS = {'test': ('--seed', '2'), 'shifted': ('--seed', '3', '--kind', 'shifted')}
+FEW = {'first10': ('test', 10)}  # the first so many subjects of a set: for what takes a minute a subject
+SUBJECTS = {'stroke': (200, 60), 'amyloid': (192, 100)}  # phantoms for training and validation, and of each test set
+TASKS = {'stroke': 'ctp2dwi', 'amyloid': 'mri2pet'}
+
+
+@dataclass
+class Trial:
+    """One training (or none: only another way to sample), and how its networks are evaluated."""
+    name: str                                       # task/name
+    about: str
+    stages: tuple = ()                              # commands: script and words
+    start: str = ''                                 # the trial whose other stages it takes
+    infer: str = ''                                 # words for infer.py
+    seeds: tuple = (0,)
+    sets: tuple = ('test',)                         # of SETS or FEW, or 'validation': that of the training phantoms
+    subjects: int = 0                               # the first so many training subjects; 0: all
+
+    task = property(lambda self: self.name.split('/')[0])
+    label = property(lambda self: self.name.replace('/', '_'))
+
+    def exp(self, seed):
+        return f'study_{self.label}_{seed}'
+
+    def file(self, seed, group):
+        return FIGURES / f'{self.label}-{group}-{seed}.csv'
+
+    def facts(self, seed):
+        return FIGURES / f'{self.label}-{seed}.json'
+
+
+AAE, UNET, POST = 'train_aae.py', 'train_unet.py', 'post_train.py'
+REGRESSION = f'{UNET} --regression True'
+ALL, THREE = (AAE, UNET, f'{REGRESSION} --w_lesion 0', POST), (0, 1, 2)
+BOTH, MORE, VALIDATION = ('test', 'shifted'), ('test', 'shifted', 'validation'), ('validation',)
+LATENT = f'{POST} --detail_branch False'
+PLAIN = f'{REGRESSION} --regression_steps 2600 --w_lesion 0'
+LAPT_LOSS = '--post_loss lapt --w_diffusion 1 --w_image 0.01 --w_lesion 0.02'
+LAPT = '--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam --context 0'
+ILCLDM = ('--predict eps --schedule linear --normalise_latents False --last_step_share 0 --latent_channels 1 '
+          '--label_drop 0 --optimizer adam')
+MONAI = 'monai_ldm.py --cpu_seconds 700 --only_validation'  # with a Python that has MONAI
+DDIM = '--sampler ddim --num_steps 50'
+PAPER_DDIM = f'{DDIM} --mirror False'
+STEPS_HALF = '--aae_steps 60', '--unet_steps 60', '--regression_steps 750', '--post_steps 150'
+STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000', '--post_steps 600'
+
+TRIALS = [
+    # Stroke. The rivals have the time of all of our stages.
+    Trial('stroke/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=MORE),
+    Trial('stroke/regression', 'regression U-Net on the image grid, the same lesion weight, equal time',
+          (f'{REGRESSION} --regression_steps 2600',), 'stroke/ours', '--stage regression', THREE, BOTH),
+    Trial('stroke/control', 'latent network trained on as long with w_image = w_lesion = 0',
+          (f'{LATENT} --w_image 0 --w_lesion 0',), 'stroke/ours', seeds=THREE, sets=BOTH),
+    Trial('stroke/stage2', 'the latent network before post-training', (), 'stroke/ours', '--stage unet', THREE, BOTH),
+    Trial('stroke/start', 'the plain regression that stage 3 starts from', (), 'stroke/ours', '--stage regression',
+          THREE, BOTH),
+    Trial('stroke/no_detail', 'post-training without detail branch', (LATENT,), 'stroke/ours'),
+    Trial('stroke/regression_plain', 'the same without lesion weight',
+          (PLAIN,), 'stroke/ours', '--stage regression', THREE, MORE),
+    Trial('stroke/regression_slices', 'the same on single slices, not mirrored',
+          (f'{REGRESSION} --regression_steps 2600 --w_lesion 0 --context 0',), 'stroke/ours',
+          '--stage regression --mirror False'),
+    Trial('stroke/lapt_loss', "without detail branch, LAPT's loss and weights", (f'{LATENT} {LAPT_LOSS}',),
+          'stroke/ours'),
+    Trial('stroke/ddim50', '50 DDIM steps', (), 'stroke/ours', DDIM),
+    Trial('stroke/samples4', 'one step, mean of 4 latents', (), 'stroke/ours', '--samples 4'),
+    Trial('stroke/samples16', 'one step, mean of 16 latents', (), 'stroke/ours', '--samples 16'),
+    Trial('stroke/ddpm', '1000 DDPM steps', (), 'stroke/ours', '--sampler ddpm --num_steps 1000', sets=('first10',)),
+    Trial('stroke/ddim2', '2 DDIM steps', (), 'stroke/ours', '--sampler ddim --num_steps 2'),
+    Trial('stroke/ddim10', '10 DDIM steps', (), 'stroke/ours', '--sampler ddim --num_steps 10'),
+    Trial('stroke/frozen_decoder', 'without detail branch, decoder not tuned', (f'{LATENT} --tune_decoder False',),
+          'stroke/ours'),
+    Trial('stroke/no_detail_weight_2', 'without detail branch, w_lesion 2', (f'{LATENT} --w_lesion 2',), 'stroke/ours'),
+    Trial('stroke/no_detail_weight_0', 'without detail branch, w_lesion 0', (f'{LATENT} --w_lesion 0',), 'stroke/ours'),
+    Trial('stroke/weight_05', 'w_lesion 0.5', (f'{POST} --w_lesion 0.5',), 'stroke/ours'),
+    Trial('stroke/weight_1', 'w_lesion 1', (f'{POST} --w_lesion 1',), 'stroke/ours'),
+    Trial('stroke/not_mirrored', 'without the mean with the mirrored source', (), 'stroke/ours', '--mirror False'),
+    Trial('stroke/from_zero', 'detail branch from zero, all of its time for post-training',
+          (f'{POST} --detail_channels (32,64) --post_lr 1e-3 --post_steps 800',), 'stroke/ours'),
+    Trial('stroke/latent_regression', 'regression of the latent: stage 2 at t = T-1 only, equal time',
+          (f'{UNET} --last_step_share 1 --unet_steps 2000',), 'stroke/ours', '--stage unet'),
+    Trial('stroke/lapt', "LAPT's recipe at the demo's size, 50 DDIM steps, equal time",
+          (f'{AAE} {LAPT} {PAPER_DDIM} --aae_steps 300', f'{UNET} {LAPT} {PAPER_DDIM} --unet_steps 1200',
+           f'{POST} {LAPT_LOSS} {PAPER_DDIM} --lambda_t linear --flip False --shift 0 --post_last_step_share 0 '
+           '--tune_decoder False --detail_branch False --optimizer adam --post_steps 300 --post_lr 1e-4'), '',
+          PAPER_DDIM),
+    Trial('stroke/monai', "MONAI's latent diffusion by its tutorial, 50 DDIM steps, equal time", (MONAI,), sets=BOTH),
+    # What the fast settings cost.
+    Trial('stroke/fp32', 'all stages and inference in fp32', tuple(f'{c} --precision fp32' for c in ALL), '',
+          '--precision fp32'),
+    Trial('stroke/adam', 'all stages with AdamW', tuple(f'{c} --optimizer adam' for c in ALL)),
+    # How it grows; the steps are those of all stages.
+    Trial('stroke/subjects_10', '10 training subjects', ALL, subjects=10),
+    Trial('stroke/subjects_30', '30 training subjects', ALL, subjects=30),
+    Trial('stroke/steps_half', 'half of the steps', tuple(map(' '.join, zip(ALL, STEPS_HALF, strict=True)))),
+    Trial('stroke/steps_double', 'twice the steps', tuple(map(' '.join, zip(ALL, STEPS_DOUBLE, strict=True)))),
+    # Learning rates, on the validation subjects.
+    Trial('stroke/post_lr_half', 'ours, half the learning rate in stage 3', (f'{POST} --post_lr 2.5e-4',),
+          'stroke/ours', sets=VALIDATION),
+    Trial('stroke/post_lr_double', 'ours, twice the learning rate in stage 3', (f'{POST} --post_lr 1e-3',),
+          'stroke/ours', sets=VALIDATION),
+    Trial('stroke/regression_lr_half', 'plain regression, half the learning rate', (f'{PLAIN} --lr 5e-4',),
+          'stroke/ours', '--stage regression', sets=VALIDATION),
+    Trial('stroke/regression_lr_double', 'plain regression, twice the learning rate', (f'{PLAIN} --lr 2e-3',),
+          'stroke/ours', '--stage regression', sets=VALIDATION),
+
+    # Amyloid.
+    Trial('amyloid/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=BOTH),
+    Trial('amyloid/regression', 'regression U-Net on the image grid, the same weights, equal time',
+          (f'{REGRESSION} --regression_steps 1050',), 'amyloid/ours', '--stage regression', THREE, BOTH),
+    Trial('amyloid/no_label', 'labels never read', (f'{UNET} --num_classes 0', f'{POST} --num_classes 0'),
+          'amyloid/ours', seeds=THREE),
+    Trial('amyloid/never_dropped', "IL-CLDM's way: label never dropped in training, absent at sampling",
+          (f'{UNET} --label_drop 0', f'{POST} --label_drop 0'), 'amyloid/ours', seeds=THREE),
+    Trial('amyloid/stage2', 'its latent network before post-training', (), 'amyloid/ours', '--stage unet'),
+    Trial('amyloid/label_given', 'the true label given at inference', (), 'amyloid/ours', '--label true', THREE),
+    Trial('amyloid/guidance2', 'the true label given, guidance 2', (), 'amyloid/ours', '--label true --guidance 2'),
+    Trial('amyloid/guidance4', 'the true label given, guidance 4', (), 'amyloid/ours', '--label true --guidance 4'),
+    Trial('amyloid/control', 'latent network trained on with w_image = w_lesion = 0',
+          (f'{LATENT} --w_image 0 --w_lesion 0',), 'amyloid/ours'),
+    Trial('amyloid/ddim50', '50 DDIM steps', (), 'amyloid/ours', DDIM),
+    Trial('amyloid/il_cldm', "IL-CLDM's recipe at the demo's size, 50 DDIM steps",
+          (f'{AAE} {ILCLDM} {PAPER_DDIM}', f'{UNET} {ILCLDM} {PAPER_DDIM} --unet_steps 700'), '', PAPER_DDIM),
+]
+BY_NAME = {trial.name: trial for trial in TRIALS}
