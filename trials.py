@@ -122,13 +122,15 @@ TRIALS = [
           'stroke/ours', '--stage regression', sets=VALIDATION),
 
     # Amyloid.
-    Trial('amyloid/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=BOTH),
+    Trial('amyloid/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=MORE),
     Trial('amyloid/regression', 'regression U-Net on the image grid, the same weights, equal time',
           (f'{REGRESSION} --regression_steps 1050',), 'amyloid/ours', '--stage regression', THREE, BOTH),
     Trial('amyloid/no_label', 'labels never read', (f'{UNET} --num_classes 0', f'{POST} --num_classes 0'),
           'amyloid/ours', seeds=THREE),
     Trial('amyloid/never_dropped', "IL-CLDM's way: label never dropped in training, absent at sampling",
           (f'{UNET} --label_drop 0', f'{POST} --label_drop 0'), 'amyloid/ours', seeds=THREE),
+    Trial('amyloid/post_lr_half', 'half the learning rate in stage 3', (f'{POST} --post_lr 2.5e-4',), 'amyloid/ours',
+          sets=VALIDATION),
     Trial('amyloid/stage2', 'its latent network before post-training', (), 'amyloid/ours', '--stage unet'),
     Trial('amyloid/label_given', 'the true label given at inference', (), 'amyloid/ours', '--label true', THREE),
     Trial('amyloid/guidance2', 'the true label given, guidance 2', (), 'amyloid/ours', '--label true --guidance 2'),
