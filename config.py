@@ -99,7 +99,7 @@ w_image = 0.5                    # weight of the error in the brain mask
 w_lesion = 0.3                   # weight of the error in the lesion
 lesion_floor = 0.1               # post_loss l1: a lesion below this share of the mask counts by its size, not fully
 post_last_step_share = 0.95      # last_step_share of stage 3
-detail_lr_scale = 1.0            # the learning rate of the detail branch is post_lr times this
+detail_lr_scale = 0.5            # a detail branch that starts as the regression U-Net learns at post_lr times this
 tune_decoder = True              # stage 3 also trains the decoder
 crop = None                      # 3D: decode only a crop of this many voxels around the lesion, e.g. (64, 64, 64)
 

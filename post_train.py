@@ -31,7 +31,7 @@ from stage import Stage
 TERMS = ['loss', 'diffusion', 'image', 'lesion', 'grad_norm']
 FIXED = ('seed', 'batch_size', 'optimizer', 'post_lr', 'ema', 'flip', 'shift', 'label_drop', 'post_loss', 'lambda_t',
          'w_diffusion', 'w_image', 'w_lesion', 'lesion_floor', 'post_last_step_share', 'tune_decoder', 'detail_branch',
-         'detail_channels', 'crop')
+         'detail_channels', 'detail_lr_scale', 'crop')
 
 
 def lambda_of(t, timesteps, kind):
@@ -120,11 +120,11 @@ def main():
         same = ('spatial_dims', 'source_channels', 'image_channels', 'widths', 'blocks')
         if regression and all(regression.args[name] == model.detail.args[name] for name in same):
             model.detail.start_from(regression)
-            origin = 'as the regression U-Net'
+            origin, scale = 'as the regression U-Net', cfg.detail_lr_scale
         else:
             some = run.to_device(cohort.some())
             model.detail.whiten.start_from(some['source'], some['mask'])
-            origin = 'at zero'
+            origin, scale = 'at zero', 1
     trained = torch.nn.ModuleDict({'unet': model.unet})
     if cfg.tune_decoder:
         trained['decoder'] = model.aae.decoder.requires_grad_(True)
@@ -135,9 +135,8 @@ def main():
         recompute_blocks(net, cfg.checkpointing)
     ema = utils.EMA(trained, cfg.ema)
     model.unet.train()
-    # The new branch starts from nothing and learns faster than what is already trained.
-    scale = dict(unet=1, decoder=1, detail=cfg.detail_lr_scale)
-    opt = optim.make(cfg.optimizer, [(net, scale[name]) for name, net in trained.items()], run.precision)
+    opt = optim.make(cfg.optimizer, [(net, scale if name == 'detail' else 1) for name, net in trained.items()],
+                     run.precision)
     parts = ', '.join(f'{name} ({count_parameters(net):,})' for name, net in trained.items())
     stage.describe(f'training {parts}, {len(cohort)} samples')
     if not stage.resume(cfg.post_steps, TERMS, metrics.QUICK, len(cohort),
