@@ -98,6 +98,9 @@ def test_the_detail_branch_starts_as_the_regression_of_its_widths(trained):
     task, _, folder = trained
     start = {'ctp2dwi': 'at zero', 'mri2pet': 'as the regression U-Net'}[task]  # there the widths are the same
     assert f'the detail branch starts {start}' in (folder / 'log.txt').read_text()
+    groups = torch.load(folder / 'last_post.pth.tar', weights_only=True)['parts']['opt']['adamw']['param_groups']
+    detail = {'ctp2dwi': 1, 'mri2pet': 0.5}[task]  # what is trained already learns at half the rate
+    assert [group['lr_scale'] for group in groups] == [1, 1, detail]
     rows = {name: table(folder / f'validation_{name}.csv') for name in ('unet', 'post')}
     best = max(float(row['psnr']) for row in rows['unet'])
     assert float(rows['post'][0]['psnr']) == pytest.approx(best, abs=1e-3)  # row 0 is the network of stage 2
