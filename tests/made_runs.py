@@ -19,7 +19,7 @@ NETWORKS = ('--aae_channels', '(8, 8, 8)', '--disc_channels', '(8, 8)', '--laten
             '--regression_channels', '(8, 8)', '--warmup', '2', '--batch_size', '2', '--device', 'cpu')
 DATA = ('--data_root', 'data', '--data_info', 'data/data_info', '--spacing', '(None, None, None)')
 STROKE = (*DATA, '--image_size', '(16, 20)', '--frames', '6', *NETWORKS)
-AMYLOID = ('--preset', 'mri2pet_demo', *DATA, '--image_size', '(16, 16, 16)', '--detail_lr_scale', '0.5', *NETWORKS)
+AMYLOID = ('--preset', 'mri2pet_demo', *DATA, '--image_size', '(16, 16, 16)', *NETWORKS)
 
 
 def steps(n):
