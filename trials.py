@@ -116,6 +116,8 @@ TRIALS = [
           'stroke/ours', sets=VALIDATION),
     Trial('stroke/detail_lr_quarter_weight_05', 'ours, a quarter of it for the detail branch, w_lesion 0.5',
           (f'{POST} --detail_lr_scale 0.25 --w_lesion 0.5',), 'stroke/ours', sets=VALIDATION),
+    Trial('stroke/from_weighted', 'ours, from a regression with the lesion weight', (REGRESSION, POST), 'stroke/ours',
+          sets=VALIDATION),
     Trial('stroke/regression_lr_half', 'plain regression, half the learning rate', (f'{PLAIN} --lr 5e-4',),
           'stroke/ours', '--stage regression', sets=VALIDATION),
     Trial('stroke/regression_lr_double', 'plain regression, twice the learning rate', (f'{PLAIN} --lr 2e-3',),
