@@ -31,8 +31,9 @@ def conclusions(table):
             ours, monai = f'pair/{preset}/{stage}/ours', f'pair/{preset}/{stage}/monai'
             if of(monai, 'tflop') and of(ours, 'tflop'):
                 note = (f'FLOPs x {of(ours, "tflop") / of(monai, "tflop"):.2f}, parameters x '
-                        f'{of(ours, "parameters") / of(monai, "parameters"):.2f}, MONAI at '
-                        f'{100 * (of(monai, "share_of_peak") or 0):.0f} % of the peak')
+                        f'{of(ours, "parameters") / of(monai, "parameters"):.2f}')
+                if of(monai, 'share_of_peak'):
+                    note += f', MONAI at {100 * of(monai, "share_of_peak"):.0f} % of the peak'
                 in_turn(f'time/monai {preset} {stage}', f'ratio/monai/{preset}/{stage}', note)
                 found.append((f'memory/monai {preset} {stage}', held(ours) / held(monai), '', 'without the imports'))
         for ours, theirs in (('one_step', 'ddim'), ('ddim', 'ddim'), ('ddpm', 'ddpm')):
