@@ -88,7 +88,7 @@ TRIALS = [
     Trial('stroke/not_mirrored', 'without the mean with the mirrored source', (), 'stroke/ours', '--mirror False'),
     Trial('stroke/from_zero', 'detail branch from zero, all of its time for post-training',
           (f'{POST} --detail_channels (32,64) --post_lr 1e-3 --post_steps 800',), 'stroke/ours'),
-    Trial('stroke/latent_regression', 'regression of the latent: stage 2 at t = T-1 only, equal time',
+    Trial('stroke/latent_regression', 'regression of the latent: stage 2 at t = T-1 only, 2000 steps',
           (f'{UNET} --last_step_share 1 --unet_steps 2000',), 'stroke/ours', '--stage unet'),
     Trial('stroke/lapt', "LAPT's recipe at the demo's size, 50 DDIM steps, equal time",
           (f'{AAE} {LAPT} {PAPER_DDIM} --aae_steps 300', f'{UNET} {LAPT} {PAPER_DDIM} --unet_steps 1200',
