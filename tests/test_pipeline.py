@@ -30,7 +30,7 @@ TASKS = dict(
                '--latent_channels', '8', '--unet_channels', '(16, 32)', '--cond_channels', '16', '--cond_width', '8',
                '--detail_channels', '(8, 16)', '--regression_channels', '(8, 16)', '--batch_size', '4',
                '--aae_steps', '60', '--unet_steps', '80', '--post_steps', '40', '--regression_steps', '10',
-               '--detail_lr_scale', '0.5')))
+               '--detail_lr_scale', '0.9')))
 
 
 @pytest.fixture(scope='module', params=TASKS)
@@ -100,7 +100,7 @@ def test_the_detail_branch_starts_as_the_regression_of_its_widths(trained):
     start = {'ctp2dwi': 'at zero', 'mri2pet': 'as the regression U-Net'}[task]  # there the widths are the same
     assert f'the detail branch starts {start}' in (folder / 'log.txt').read_text()
     groups = torch.load(folder / 'last_post.pth.tar', weights_only=True)['parts']['opt']['adamw']['param_groups']
-    detail = {'ctp2dwi': 1, 'mri2pet': 0.5}[task]  # what is trained already learns at half the rate
+    detail = {'ctp2dwi': 1, 'mri2pet': 0.9}[task]  # the factor is for a branch that has learned already
     assert [group['lr_scale'] for group in groups] == [1, 1, detail]
     rows = {name: table(folder / f'validation_{name}.csv') for name in ('unet', 'post')}
     best = max(float(row['psnr']) for row in rows['unet'])
