@@ -34,8 +34,9 @@ TABLES = [  # title, the first line, the others, sets
     ('Fast settings', 'stroke/ours', ['stroke/fp32', 'stroke/adam'], TEST),
     ('Subjects and steps', 'stroke/ours', ['stroke/subjects_10', 'stroke/subjects_30', 'stroke/steps_half',
                                            'stroke/steps_double'], TEST),
+    ("The detail branch's rate", 'stroke/ours', ['stroke/detail_lr_1'], VALIDATION),
     ('Learning rates, start', 'stroke/ours',
-     ['stroke/from_weighted', 'stroke/detail_lr_1', 'stroke/post_lr_half', 'stroke/post_lr_double', 'stroke/weight_05',
+     ['stroke/from_weighted', 'stroke/post_lr_half', 'stroke/post_lr_double', 'stroke/weight_05',
       'stroke/post_lr_half_weight_05', 'stroke/detail_lr_quarter_weight_05', 'stroke/regression_plain',
       'stroke/regression_lr_half', 'stroke/regression_lr_double'], VALIDATION),
     ('Label conditioning', 'amyloid/ours', ['amyloid/no_label', 'amyloid/never_dropped', 'amyloid/label_given'], TEST),
@@ -53,19 +54,15 @@ CURVES = {'ours: its start, w_lesion 0.3, 0.5, 1': ('stroke/start', 'stroke/ours
           'regression U-Net: w_lesion 0, 0.3': ('stroke/regression_plain', 'stroke/regression')}
 
 
-def done_seeds(trial, group):
-    """The seeds of a trial that have figures on a set."""
-    return [seed for seed in trial.seeds if trial.file(seed, group).exists()]
+def files(trial, group):
+    """A trial's figures on a set, seed -> file; of the first subjects (FEW), if it has none, those of the whole set."""
+    found = {seed: trial.file(seed, group) for seed in trial.seeds if trial.file(seed, group).exists()}
+    return found or (files(trial, FEW[group][0]) if group in FEW else {})
 
 
 def subjects(trial, group, seeds=None):
-    """A trial's figures on a set, (these) seeds averaged for each subject; None if there are none.
-
-    Of the first subjects of a set (FEW) a trial may have no figures of its own: those of the whole set are given.
-    """
-    if group in FEW and not done_seeds(trial, group):
-        group = FEW[group][0]
-    tables = [pd.read_csv(trial.file(seed, group), dtype={'ID': str}) for seed in done_seeds(trial, group)
+    """A trial's figures on a set, (these) seeds averaged for each subject; None if there are none."""
+    tables = [pd.read_csv(file, dtype={'ID': str}) for seed, file in files(trial, group).items()
               if seeds is None or seed in seeds]
     if not tables:
         return None
@@ -88,27 +85,23 @@ def compared(reference, others, group):
     Each line is tested against the first one's same seeds: one seed against the mean of three would be unfair. The
     first line shows the seeds of all others together.
     """
-    lines = {name: subjects(BY_NAME[name], group) for name in (reference, *others)}
-    lines = {name: table for name, table in lines.items() if table is not None}
-    if reference not in lines or len(lines) < 2:
+    seeds = {name: set(files(BY_NAME[name], group)) for name in (reference, *others)}
+    shared = {name: seeds[name] & seeds[reference] for name in others if seeds[name] & seeds[reference]}
+    few = group in FEW and not any(BY_NAME[name].file(seed, group).exists() for name in shared for seed in shared[name])
+    if not shared or few:
         return {}, {}, {}
-    if group in FEW and not any(done_seeds(BY_NAME[name], group) for name in lines):
-        return {}, {}, {}
-    found = FEW[group][0] if group in FEW else group
-    seeds = {name: done_seeds(BY_NAME[name], group) or done_seeds(BY_NAME[name], found) for name in lines}
-    shared = {name: set(seeds[name]) & set(seeds[reference]) for name in lines if name != reference}
-    seeds[reference] = sorted(set().union(*shared.values()))
-    lines[reference] = subjects(BY_NAME[reference], group, seeds[reference])
+    seeds[reference] = set().union(*shared.values())
+    lines = {name: subjects(BY_NAME[name], group, seeds[name]) for name in (reference, *shared)}
     same = set.intersection(*(set(table['ID']) for table in lines.values()))
-    lines = {name: table[table['ID'].isin(same)].reset_index(drop=True) for name, table in lines.items()}
 
+    def of_same(table):
+        return table[table['ID'].isin(same)].reset_index(drop=True)
+
+    lines = {name: of_same(table) for name, table in lines.items()}
     columns, base, moved = list(COLUMNS[BY_NAME[reference].task]), lines[reference], {}
     for name, common in shared.items():  # the first line + (this one - the first line's same seeds)
-        own = subjects(BY_NAME[reference], group, common)
-        own = own[own['ID'].isin(same)].reset_index(drop=True)
-        paired = subjects(BY_NAME[name], group, common)
-        paired = paired[paired['ID'].isin(same)].reset_index(drop=True)
-        moved[name] = base[['ID']].assign(**{c: base[c] + (paired[c] - own[c]) for c in columns})
+        theirs, own = (of_same(subjects(BY_NAME[n], group, common)) for n in (name, reference))
+        moved[name] = base[['ID']].assign(**{c: base[c] + (theirs[c] - own[c]) for c in columns})
     tests = metrics.summarise(base[['ID', *columns]], moved, 0).set_index('metric')
     return lines, seeds, {(c, name): tests[f'{name}_p_holm'][c] for c in columns for name in shared}
 

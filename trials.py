@@ -113,7 +113,7 @@ TRIALS = [
     Trial('stroke/post_lr_half_weight_05', 'ours, half the learning rate for all of stage 3, w_lesion 0.5',
           (f'{POST} --post_lr 2.5e-4 --detail_lr_scale 1 --w_lesion 0.5',), 'stroke/ours', sets=VALIDATION),
     Trial('stroke/detail_lr_1', 'ours, the same learning rate for the detail branch', (f'{POST} --detail_lr_scale 1',),
-          'stroke/ours', sets=VALIDATION),
+          'stroke/ours', seeds=(0, 1), sets=VALIDATION),
     Trial('stroke/detail_lr_quarter_weight_05', 'ours, a quarter of it for the detail branch, w_lesion 0.5',
           (f'{POST} --detail_lr_scale 0.25 --w_lesion 0.5',), 'stroke/ours', sets=VALIDATION),
     Trial('stroke/from_weighted', 'ours, from a regression with the lesion weight', (REGRESSION, POST), 'stroke/ours',

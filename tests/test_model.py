@@ -144,9 +144,6 @@ def test_group_norm_under_autocast_takes_its_sums_in_float32(size, memory_format
         assert float((a.float() - b).norm() / b.norm()) < 0.01
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# The latent U-Net
-
 @pytest.mark.parametrize('size', [(8, 9, 10), (112, 112, 96)])  # the second: computed with more channels than asked for
 def test_last_convolution_is_a_plain_one_with_its_gradient(size):
     layer = awake(layers.conv_out(3, 3, 2))
@@ -163,6 +160,9 @@ def test_whitening_of_one_channel_is_its_convolution():
     whiten, x = awake(layers.SourceWhitening(3, 1)), torch.randn(2, 1, 4, 5, 6)
     torch.testing.assert_close(whiten(x), whiten.conv(x))
 
+
+# ------------------------------------------------------------------------------------------------------------------
+# The latent U-Net
 
 @pytest.mark.parametrize('dims, size', [(2, (4, 5)), (2, (7, 9)), (3, (3, 5, 4)), (3, (5, 6, 7))])
 def test_unet_takes_odd_latent_sizes(dims, size):

@@ -69,7 +69,7 @@ def test_tables_average_seeds_within_subjects_and_test_pairs(figures):
     assert list(table['ID']) == list(figures['ID'])
     np.testing.assert_allclose(table['dwi_psnr'], figures['dwi_psnr'] - 1)
     lines = tables.table_lines('Recipes', 'stroke/ours',
-                              ['stroke/regression', 'stroke/from_zero', 'stroke/lapt'], 'test')
+                               ['stroke/regression', 'stroke/from_zero', 'stroke/lapt'], 'test')
     ours, regression, zero = [line.split(' | ') for line in lines if line.startswith('| ') and 'seeds' not in line][1:]
     assert len(lines) == 8 and '20 subjects' in lines[0]  # what is not done is left out
     assert regression[1] == '2' and '*' in regression[3] and not any('*' in cell for cell in zero[3:])
@@ -82,10 +82,10 @@ def test_one_seed_is_tested_against_the_same_seed(figures):
     lower = pd.read_csv(trials.BY_NAME['stroke/ours'].file(0, 'test')).assign(dwi_psnr=lambda t: t['dwi_psnr'] - 3)
     lower.to_csv(trials.BY_NAME['stroke/ours'].file(1, 'test'), index=False)
     lines, seeds, p = tables.compared('stroke/ours', ['stroke/from_zero'], 'test')
-    assert seeds == {'stroke/ours': [0], 'stroke/from_zero': [0]} and not p['dwi_psnr', 'stroke/from_zero'] < 1
+    assert seeds == {'stroke/ours': {0}, 'stroke/from_zero': {0}} and not p['dwi_psnr', 'stroke/from_zero'] < 1
     np.testing.assert_allclose(lines['stroke/ours']['dwi_psnr'], figures['dwi_psnr'])
     lines, seeds, p = tables.compared('stroke/ours', ['stroke/regression', 'stroke/from_zero'], 'test')
-    assert seeds['stroke/ours'] == seeds['stroke/regression'] == [0, 1] and seeds['stroke/from_zero'] == [0]
+    assert seeds['stroke/ours'] == seeds['stroke/regression'] == {0, 1} and seeds['stroke/from_zero'] == {0}
     np.testing.assert_allclose(lines['stroke/ours']['dwi_psnr'], figures['dwi_psnr'] - 1.5)
     assert not p['dwi_psnr', 'stroke/from_zero'] < 1 and p['dwi_psnr', 'stroke/regression'] < 0.05  # 0.5 dB above
 
@@ -95,7 +95,7 @@ def test_a_table_of_the_first_subjects_takes_theirs_from_the_whole_set(figures):
     figures[:7].assign(dwi_psnr=figures['dwi_psnr'] - 2).to_csv(trials.BY_NAME['stroke/ddpm'].file(0, 'first10'))
     lines, seeds, p = tables.compared('stroke/ours', ['stroke/ddpm'], 'first10')
     assert list(lines['stroke/ours']['ID']) == list(lines['stroke/ddpm']['ID']) == list(figures['ID'][:7])
-    assert seeds['stroke/ours'] == [0] and p['dwi_psnr', 'stroke/ddpm'] < 1 / 2
+    assert seeds['stroke/ours'] == {0} and p['dwi_psnr', 'stroke/ddpm'] < 1 / 2
     assert '7 subjects' in tables.table_lines('1000', 'stroke/ours', ['stroke/ddpm'], 'first10')[0]
 
 
