@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -288,7 +289,8 @@ def extrapolate(sampler, wanted, measure, counts, rounds=3):
 def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
     """One subject by each sampler that the preset's network allows; of `items` slices, scaled to the whole subject.
 
-    ddim, ddpm: numbers of steps that are measured; other than 50 and 1000 are extrapolated from two of them.
+    one_step_latent: without detail branch and mirrored source. ddim, ddpm: numbers of steps that are measured; other
+    than 50 and 1000 are extrapolated from two of them.
     """
     cfg = settings(preset, words)
     run = utils.Run(cfg.device, cfg.precision)
@@ -298,14 +300,17 @@ def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
     shape = items, dataset.Spec.from_settings(cfg).source_channels, *cfg.image_size
     source = np.random.default_rng(0).normal(0, 0.3, shape).astype(np.float32)
 
-    def subject(sampler, steps):
-        way = Sampling(sampler, steps, mirror=cfg.mirror, eval_batch=cfg.eval_batch)
-        return repeat(lambda: translate(run, model, source, 'made', way), **how)
+    def subject(name, steps):
+        latent = name == 'one_step_latent'
+        net = replace(model, detail=None) if latent else model
+        way = Sampling(name.removesuffix('_latent'), steps, mirror=cfg.mirror and not latent, eval_batch=cfg.eval_batch)
+        more = {} if name in ('ddim', 'ddpm') else dict(least=3)  # the others are extrapolated from several rounds
+        return repeat(lambda: translate(run, net, source, 'made', way), **how | more)
 
-    plan = [] if cfg.predict == 'eps' else [('one_step', 1, (1,))]
+    plan = [] if cfg.predict == 'eps' else [('one_step', 1, (1,)), ('one_step_latent', 1, (1,))]
     rows = []
-    for sampler, wanted, counts in plan + [('ddim', 50, ddim), ('ddpm', cfg.timesteps, ddpm)]:
-        row = extrapolate(sampler, wanted, lambda n, sampler=sampler: subject(sampler, n), counts)
+    for name, wanted, counts in plan + [('ddim', 50, ddim), ('ddpm', cfg.timesteps, ddpm)]:
+        row = extrapolate(name, wanted, lambda n, name=name: subject(name, n), counts)
         for key in ('seconds_subject', 'tflop'):
             row[key] *= whole / items
         if items != whole:
