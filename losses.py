@@ -39,15 +39,6 @@ def region_l1(pred, target, region, voxels=None):
     return error / (pred.shape[1] * (count(region) if voxels is None else voxels)).clamp(min=1)
 
 
-def lesion_l1(pred, target, lesion, mask, floor):
-    """As region_l1 over the lesion, but a lesion below the share `floor` of the mask counts by its size, not fully.
-
-    A mean over five voxels would weigh each of them hundreds of times a healthy one, and the network would answer by
-    painting lesions wherever one is at all possible.
-    """
-    return region_l1(pred, target, lesion, torch.maximum(count(lesion), floor * count(mask)))
-
-
 def lapt_error(pred, target, weight, voxels):
     """LAPT's squared error: sum of weight * (pred - target)^2 over channels and field of view, by a number of voxels.
 
@@ -57,7 +48,11 @@ def lapt_error(pred, target, weight, voxels):
 
 
 def post_training_error(pred, target, mask, lesion, kind, floor=0.0, weight=1.0, voxels=None):
-    """(E_mask, E_lesion) of stage 3, each (B,). kind: 'l1' or 'lapt'.
+    """(E_mask, E_lesion) of stage 3 (and of the regression U-Net), each (B,). kind: 'l1' or 'lapt'.
+
+    floor, of l1: a lesion below this share of the mask counts by its size, not fully. A mean over five voxels would
+    weigh each of them hundreds of times a healthy one, and the network would answer by painting lesions wherever one is
+    at all possible.
 
     Of a crop: weight (B, 1, *S) is 1 / the probability that the crop holds a voxel, voxels the numbers (B,) of the
     whole image's mask and lesion. The expected value over the crops is then the whole image's, and so is the gradient.

@@ -135,8 +135,9 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
         for source, target, mask, lesion in zip(*chunks, strict=True):
             with run.autocast():
                 pred = net(source).float()
-            image.append(losses.region_l1(pred, target, mask))
-            region.append(losses.lesion_l1(pred, target, lesion, mask, cfg.lesion_floor))
+            e_mask, e_lesion = losses.post_training_error(pred, target, mask, lesion, 'l1', cfg.lesion_floor)
+            image.append(e_mask)
+            region.append(e_lesion)
             run.backward((cfg.w_image * image[-1] + cfg.w_lesion * region[-1]).mean() / cfg.accumulate)
         norm = run.update(opt, cfg.grad_clip)
         run.scaler_step()

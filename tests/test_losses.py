@@ -41,11 +41,13 @@ def test_region_l1_by_hand():
     assert float(both) == pytest.approx(0.75)
 
 
-def test_lesion_l1_weighs_a_small_lesion_by_its_size():
-    assert float(losses.lesion_l1(PRED, TARGET, LESION, MASK, floor=0)) == pytest.approx(0.75)
-    assert float(losses.lesion_l1(PRED, TARGET, LESION, MASK, floor=0.5)) == pytest.approx(0.75)  # 2 of 3 voxels
-    one = image([0, 0, 1, 0])
-    assert float(losses.lesion_l1(PRED, TARGET, one, MASK, floor=0.5)) == pytest.approx(1 / 1.5)
+def test_a_small_lesion_counts_by_its_size():
+    def e_lesion(lesion, floor):
+        return float(losses.post_training_error(PRED, TARGET, MASK, lesion, 'l1', floor)[1])
+
+    assert e_lesion(LESION, floor=0) == pytest.approx(0.75)
+    assert e_lesion(LESION, floor=0.5) == pytest.approx(0.75)  # 2 of 3 voxels
+    assert e_lesion(image([0, 0, 1, 0]), floor=0.5) == pytest.approx(1 / 1.5)
 
 
 def test_lapt_error_is_the_published_formula():
