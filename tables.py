@@ -17,7 +17,7 @@ COLUMNS = {
     'stroke': dict(dwi_psnr='DWI PSNR, dB', adc_psnr='ADC PSNR, dB', dwi_ms_ssim='DWI MS-SSIM', lesion_mae='lesion MAE',
                    lesion_contrast_error='contrast error', lesion_dice_2ml='Dice above 2 ml',
                    lesion_detected='detected', false_lesion_ml='false lesion, ml', lesion_rim_mae='rim MAE'),
-    'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error')}
+    'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error', suvr_error='SUVR bias')}
 TEST = ('test',)
 TABLES = [  # title, the first line, the others, sets
     ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/start'], BOTH),
@@ -41,7 +41,9 @@ TABLES = [  # title, the first line, the others, sets
       'stroke/regression_lr_half', 'stroke/regression_lr_double'], VALIDATION),
     ('Label conditioning', 'amyloid/ours', ['amyloid/no_label', 'amyloid/never_dropped', 'amyloid/label_given'], TEST),
     ('Guidance', 'amyloid/label_given', ['amyloid/guidance2', 'amyloid/guidance4'], TEST),
-    ('Recipes, amyloid', 'amyloid/ours', ['amyloid/regression'], BOTH),
+    ('Recipes, amyloid', 'amyloid/ours', ['amyloid/weight_0', 'amyloid/start', 'amyloid/regression',
+                                          'amyloid/regression_plain'], BOTH),
+    ('The weight of the composite', 'amyloid/ours', ['amyloid/weight_0'], VALIDATION),
     ('Recipes, amyloid, one seed', 'amyloid/ours', ['amyloid/stage2', 'amyloid/control', 'amyloid/ddim50',
                                                     'amyloid/il_cldm'], TEST),
 ]
