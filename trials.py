@@ -85,6 +85,8 @@ TRIALS = [
     Trial('stroke/no_detail_weight_0', 'without detail branch, w_lesion 0', (f'{LATENT} --w_lesion 0',), 'stroke/ours'),
     Trial('stroke/weight_05', 'w_lesion 0.5', (f'{POST} --w_lesion 0.5',), 'stroke/ours', sets=('test', 'validation')),
     Trial('stroke/weight_1', 'w_lesion 1', (f'{POST} --w_lesion 1',), 'stroke/ours'),
+    Trial('stroke/stage2_not_mirrored', 'the latent network before post-training, not mirrored', (), 'stroke/ours',
+          '--stage unet --mirror False'),
     Trial('stroke/not_mirrored', 'without the mean with the mirrored source', (), 'stroke/ours', '--mirror False'),
     Trial('stroke/from_zero', 'detail branch from zero, all of its time for post-training',
           (f'{POST} --detail_channels (32,64) --post_lr 1e-3 --post_steps 800',), 'stroke/ours'),
