@@ -17,7 +17,7 @@ COLUMNS = {
     'stroke': dict(dwi_psnr='DWI PSNR, dB', adc_psnr='ADC PSNR, dB', dwi_ms_ssim='DWI MS-SSIM', lesion_mae='lesion MAE',
                    lesion_contrast_error='contrast error', lesion_dice_2ml='Dice above 2 ml',
                    lesion_detected='detected', false_lesion_ml='false lesion, ml', lesion_rim_mae='rim MAE'),
-    'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error', suvr_error='SUVR bias')}
+    'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error', suvr_bias='SUVR bias')}
 TEST = ('test',)
 TABLES = [  # title, the first line, the others, sets
     ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/start'], BOTH),
@@ -71,6 +71,7 @@ def subjects(trial, group, seeds=None):
         return None
     for table in tables:
         if 'suvr_error' in table:
+            table['suvr_bias'] = table['suvr_error']
             table['suvr_error_abs'] = table['suvr_error'].abs()
     return pd.concat(tables).groupby('ID', sort=True).mean().reset_index()
 
