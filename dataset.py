@@ -71,9 +71,9 @@ class Cohort(torch.utils.data.Dataset):
     def id_of(self, i):
         return self.ids[self.locate(i)[0]]
 
-    def names(self, batch):
-        """IDs of the subjects in a batch, for messages."""
-        return [self.id_of(i) for i in batch['index'].tolist()]
+    def names(self, index):
+        """IDs of the subjects that samples (a tensor of their numbers) are of, for messages."""
+        return [self.id_of(i) for i in index.tolist()]
 
     def subject_items(self, number):
         """All samples of one subject as a batch."""

@@ -103,7 +103,21 @@ def is_hidden_kernel(name, p):
 
 def adamw(groups):
     """Fused AdamW without weight decay (it multiplies many small kernels into one)."""
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    opt = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    opt.register_load_state_dict_post_hook(_stride_as_weights)
+    return opt
+
+
+@torch.no_grad()
+def _stride_as_weights(opt):
+    """Moments with the memory format of their weights, which may have been another where they were saved.
+
+    Fused AdamW goes through memory, not through indices: with other strides it mixes up the weights.
+    """
+    for p, state in opt.state.items():
+        for name, value in state.items():
+            if value.shape == p.shape:
+                state[name] = torch.empty_like(p, dtype=value.dtype).copy_(value)
 
 
 def make(kind, nets, precision='fp32'):

@@ -124,6 +124,7 @@ def main():
         else:
             some = run.to_device(cohort.some())
             model.detail.whiten.start_from(some['source'], some['mask'])
+            del some
             origin, scale = 'at zero', 1
     trained = torch.nn.ModuleDict({'unet': model.unet})
     if cfg.tune_decoder:
@@ -133,6 +134,7 @@ def main():
     model.unet.checkpointing = cfg.checkpointing
     for net in (model.unet.encode_source, model.aae.decoder, *([model.detail] if cfg.detail_branch else [])):
         recompute_blocks(net, cfg.checkpointing)
+    run.same_start(trained)
     ema = utils.EMA(trained, cfg.ema)
     model.unet.train()
     opt = optim.make(cfg.optimizer, [(net, scale if name == 'detail' else 1) for name, net in trained.items()],
@@ -206,7 +208,7 @@ def main():
         ema.update(trained, step)
         terms = {name: torch.cat(values).detach() for name, values in terms.items()}
         total = cfg.w_diffusion * terms['diffusion'] + cfg.w_image * terms['image'] + cfg.w_lesion * terms['lesion']
-        stage.record(step, lr, lambda batch=batch: cohort.names(batch), loss=total, **terms, grad_norm=norm)
+        stage.record(step, lr, lambda index=batch['index']: cohort.names(index), loss=total, **terms, grad_norm=norm)
     stage.close()
 
 

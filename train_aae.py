@@ -94,6 +94,7 @@ def main():
     recompute_blocks(aae, cfg.checkpointing)
     disc = run.place(Discriminator(cfg.spatial_dims, len(cfg.targets), cfg.disc_channels))
     aae.start_from_blocks(cohort.some()['target'].to(run.device))
+    run.same_start(aae, disc)
     opt, ema = optim.make(cfg.optimizer, [(aae, 1)], run.precision), utils.EMA(aae, cfg.ema)
     disc_opt = optim.make('adam', [(disc, 1)])
     stage.describe(f'autoencoder {count_parameters(aae):,} parameters, discriminator {count_parameters(disc):,}, '
@@ -151,7 +152,7 @@ def main():
         ema.update(aae, step)
         terms = {name: torch.cat(values).float() for name, values in terms.items()}
         total = 100 * terms['l1'] + weight * terms['adversarial']
-        stage.record(step, lr, lambda batch=batch: cohort.names(batch), loss=total, **terms, grad_norm=norm)
+        stage.record(step, lr, lambda index=batch['index']: cohort.names(index), loss=total, **terms, grad_norm=norm)
     stage.close()
 
 

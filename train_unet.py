@@ -45,6 +45,8 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
     diffusion = Diffusion(cfg.predict, cfg.schedule, cfg.timesteps, cfg.loss_weight, cfg.last_step_share).to(run.device)
     some = run.to_device(cohort.some())
     unet.encode_source.whiten.start_from(some['source'], some['mask'])
+    del some
+    run.same_start(unet)
     opt, ema = optim.make(cfg.optimizer, [(unet, 1)], run.precision), utils.EMA(unet, cfg.ema)
     stage.describe(f'U-Net {count_parameters(unet):,} parameters, {len(train_ids)} training subjects, '
                    f'{len(cohort)} samples')
@@ -88,7 +90,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
         norm = run.update(opt, cfg.grad_clip)
         run.scaler_step()
         ema.update(unet, step)
-        stage.record(step, lr, lambda batch=batch: cohort.names(batch), loss=torch.cat(parts), grad_norm=norm)
+        stage.record(step, lr, lambda index=batch['index']: cohort.names(index), loss=torch.cat(parts), grad_norm=norm)
     stage.close()
 
 
@@ -105,6 +107,8 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
     some = run.to_device(cohort.some())
     recompute_blocks(net, cfg.checkpointing)
     net.whiten.start_from(some['source'], some['mask'])
+    del some
+    run.same_start(net)
     opt, ema = optim.make(cfg.optimizer, [(net, 1)], run.precision), utils.EMA(net, cfg.ema)
     stage.describe(f'regression U-Net {count_parameters(net):,} parameters, {len(cohort)} samples')
     terms = ['loss', 'image', 'lesion', 'grad_norm']
@@ -144,7 +148,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
         ema.update(net, step)
         image, region = torch.cat(image), torch.cat(region)
         total = cfg.w_image * image + cfg.w_lesion * region
-        stage.record(step, lr, lambda batch=batch: cohort.names(batch), loss=total,
+        stage.record(step, lr, lambda index=batch['index']: cohort.names(index), loss=total,
                      image=image, lesion=region, grad_norm=norm)
     stage.close()
 

@@ -15,6 +15,7 @@ import os
 import pickle
 import sys
 import zipfile
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ import torch.distributed as dist
 
 BEST = dict(aae='CHECKPOINT_AAE', unet='CHECKPOINT_Unet', post='CHECKPOINT_Unet_post',
             regression='CHECKPOINT_regression')
-
+PATIENCE = timedelta(hours=2)  # how long a process waits for the others: the first one reads and caches all subjects
 
 REMEDY = {number: f'; {text}' for text, numbers in {
     'free some space and run the same command again': (errno.ENOSPC, errno.EFBIG, errno.EDQUOT),
@@ -47,12 +48,11 @@ def cli(main):
         said = _sentence(err)
         if said is None:
             raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
     if said is not None:
         gc.collect()  # the failed run's progress bar ends before the sentence, not after it
-        sys.exit(said)
+        sys.exit(said)  # without taking leave of the other processes: they may wait for this one; torchrun ends them
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _sentence(err):
@@ -97,28 +97,29 @@ class Run:
     def __init__(self, device='auto', precision='auto'):
         self.rank, self.world, local = (_environment(name, default) for name, default in
                                         (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
-        if device == 'auto':
-            device = f'cuda:{local}' if torch.cuda.is_available() else 'cpu'
+        if device in ('auto', 'cuda') and torch.cuda.is_available():
+            device = f'cuda:{local}'
+        device = 'cpu' if device == 'auto' else device
         try:
             self.device = torch.device(device)
             torch.zeros(1, device=self.device)
         except (RuntimeError, AssertionError) as err:
             raise RunError(f"device '{device}' cannot be used here: {str(err).splitlines()[0]}; "
                            'use auto, cpu or cuda:N') from None
+        if self.device.type == 'cuda':
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True
         if self.world > 1 and not dist.is_initialized():
             try:
-                dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo')
+                dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=PATIENCE)
             except (RuntimeError, ValueError) as err:
                 raise RunError(f'process {self.rank} of {self.world} cannot reach the others '
                                f'({str(err).splitlines()[0]}); start the script with torchrun') from None
-        if self.device.type == 'cuda':
-            torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-            torch.backends.cudnn.benchmark = True
         if precision == 'auto':
-            cuda = self.device.type == 'cuda'
-            fast = torch.cuda.is_bf16_supported() if cuda else self.device.type == 'cpu' and fast_bf16()
+            fast = (torch.cuda.is_bf16_supported(including_emulation=False) if self.device.type == 'cuda'
+                    else self.device.type == 'cpu' and fast_bf16())
             precision = 'bf16' if fast else 'fp32'
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precision != 'fp32'
         if precision == 'fp16' and self.device.type != 'cuda':
             raise RunError(f"precision 'fp16' needs a CUDA device, not {self.device}; use bf16 or fp32")
         self.precision, self.main = precision, self.rank == 0
@@ -135,7 +136,7 @@ class Run:
         return f'{self.device} ({name}), {self.precision}, {self.world} process{"es" * (self.world > 1)}'
 
     def place(self, net, grid=()):
-        """A network on the device, its convolutions channels-last: measured faster on CPU and CUDA, in 2D and 3D.
+        """A network on the device, its convolutions channels-last: faster on a CPU, in 2D and 3D (CUDA: not measured).
 
         Not so on a CPU where the grid that it works on, if told, has at most 2048 positions: group norm takes longer.
         """
@@ -143,6 +144,15 @@ class Run:
             return net.to(self.device)
         three_d = any(isinstance(m, torch.nn.Conv3d) for m in net.modules())
         return net.to(self.device, memory_format=torch.channels_last_3d if three_d else torch.channels_last)
+
+    @torch.no_grad()
+    def same_start(self, *nets):
+        """The first process's weights for all: what each has computed from the data may differ between machines."""
+        for net in nets if self.world > 1 else ():
+            for tensor in [*net.parameters(), *net.buffers()]:
+                first = tensor.contiguous()
+                dist.broadcast(first, 0)
+                tensor.copy_(first)
 
     def to_device(self, batch):
         return {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
@@ -176,7 +186,7 @@ class Run:
             flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in params])
             self.mean(flat)
             for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):
-                p.grad = g.view_as(p)
+                p.grad = torch.empty_like(p).copy_(g.view_as(p))  # strided like p: fused AdamW goes by memory
         self.scaler.unscale_(opt)
         norm = torch.nn.utils.clip_grad_norm_(params, clip)
         self.scaler.step(opt)

@@ -1,5 +1,7 @@
 """The optimisers: Muon against PyTorch's own for matrices, against the singular value decomposition, and by parts."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -106,6 +108,65 @@ def test_a_restored_optimiser_goes_on_with_equal_tensors(kind, tmp_path):
     opt.load_state_dict(state['opt'])
     train(again, opt, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), again.parameters(), strict=True))
+
+
+def one_conv(channels_last):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.SiLU(), nn.Conv2d(8, 3, 3))
+    return net.to(memory_format=torch.channels_last) if channels_last else net
+
+
+def step_of(net, opt, update, seed):
+    torch.manual_seed(seed)
+    utils.set_lr(opt, 1e-2)
+    net(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    update(opt)
+
+
+def same_weights(a, b):
+    return all(torch.allclose(x, y, atol=1e-6) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize('before', [False, True])
+def test_moments_saved_in_another_memory_format_fit(before):
+    """A run begun on a CPU (small grids contiguous) goes on on a GPU (channels-last), and the other way round."""
+    straight, moved = one_conv(before), one_conv(not before)
+    opts = [optim.make('adam', [(net, 1.0)]) for net in (straight, moved)]
+    step_of(straight, opts[0], lambda opt: (opt.step(), opt.zero_grad()), seed=1)
+    moved.load_state_dict(straight.state_dict())
+    opts[1].load_state_dict(copy.deepcopy(opts[0].state_dict()))  # as from a file
+    for net, opt in zip((straight, moved), opts, strict=True):
+        step_of(net, opt, lambda opt: opt.step(), seed=2)
+    assert same_weights(straight, moved)
+
+
+@pytest.mark.parametrize('kind', ['muon', 'adam'])
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_two_processes_with_the_same_gradients_step_as_one(kind, channels_last, monkeypatch):
+    monkeypatch.setattr(utils.dist, 'all_reduce', lambda flat: flat.mul_(2))
+    nets = []
+    for world in (1, 2):
+        run, net = utils.Run('cpu', 'fp32'), one_conv(channels_last)
+        run.world, opt = world, optim.make(kind, [(net, 1.0)])
+        for seed in range(3):
+            step_of(net, opt, lambda opt, run=run: run.update(opt, 1e9), seed)
+        nets.append(net)
+    assert same_weights(*nets) and not same_weights(nets[0], one_conv(channels_last))
+
+
+def test_all_processes_start_as_the_first(monkeypatch):
+    net, first = one_conv(True), one_conv(True)
+    for p in net.parameters():
+        p.data += 1
+    sent = iter(first.parameters())
+    monkeypatch.setattr(utils.dist, 'broadcast', lambda tensor, source: tensor.copy_(next(sent)))
+    run = utils.Run('cpu', 'fp32')
+    run.same_start(net)
+    assert not same_weights(net, first)  # one process: nothing to do
+    run.world = 2
+    run.same_start(net)
+    assert same_weights(net, first)
+    assert net[0].weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_network_without_hidden_kernels_is_left_to_adamw():
