@@ -27,6 +27,7 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
     """
     rows, errors = [], []
     ranges = {name: dataset.scaling_range(spec, name) for name in spec.targets}
+    physical = all(rule[0] != 'quantile' for name, rule in spec.scaling.items() if name != 'source')
     mine = list(enumerate(ids))[run.rank::run.world]
     for i, id in tqdm(mine, desc=label or 'evaluate', leave=False, disable=not run.main, mininterval=0.5):
         try:
@@ -36,12 +37,12 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
             seconds, row = time.perf_counter() - start, dict(ID=id)
             if subject.target is not None:
                 image, truth = subject.to_native(pred), subject.truth()
-                mask, lesion = subject.native_mask, subject.native_lesion
+                mask, lesion = subject.known_mask(), subject.native_lesion
                 if quick:
                     row |= metrics.quick_row(image, truth, mask, lesion, ranges, spec.task, axis=subject.axial_axis)
                 else:
                     row |= metrics.subject_row(image, truth, mask, lesion, subject.spacing, ranges, spec.task,
-                                               axis=subject.axial_axis)
+                                               axis=subject.axial_axis, physical=physical)
                 if intervals:
                     spread = std_maps(subject, std, spec)
                     for name, fit in intervals.items():
@@ -88,7 +89,7 @@ def fit_intervals(cfg, run, spec, predict, voxels=20000):
     parts = []
 
     def keep(subject, pred, std):
-        inside = np.flatnonzero(subject.native_mask)
+        inside = np.flatnonzero(subject.known_mask())
         inside = inside[np.linspace(0, len(inside) - 1, min(voxels, len(inside))).astype(int)]
         image, spread, truth = subject.to_native(pred), std_maps(subject, std, spec), subject.truth()
         parts.append({name: [x[name].ravel()[inside] for x in (image, spread, truth)] for name in spec.targets})

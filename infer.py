@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 import config
 import dataset
@@ -25,11 +26,11 @@ import metrics
 import utils
 from evaluate import amyloid_status, check_source, evaluate, fit_intervals, fit_quality, mri_volumes, std_maps, validate
 from model import fingerprint
-from translate import Model, Sampling, checkpoint_path, load_aae, load_model, mean_prediction, translate
+from translate import Model, Sampling, checkpoint_path, differing, load_aae, load_model, mean_prediction, translate
 
 # What the training scripts take from here: validation is inference by construction.
-__all__ = ['Model', 'Sampling', 'checkpoint_path', 'load_aae', 'load_model', 'translate', 'evaluate', 'validate',
-           'fit_quality']
+__all__ = ['Model', 'Sampling', 'checkpoint_path', 'differing', 'load_aae', 'load_model', 'translate', 'evaluate',
+           'validate', 'fit_quality']
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -40,6 +41,7 @@ def write_prediction(folder, subject, pred, std, spec, record):
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in subject.to_native(pred).items():
         dataset.write_volume(folder / f'{name}.nii.gz', image, subject)
+        (folder / f'{name}_std.nii.gz').unlink(missing_ok=True)  # an earlier one's
     for name, image in (std_maps(subject, std, spec) if std is not None else {}).items():
         dataset.write_volume(folder / f'{name}_std.nii.gz', image, subject)
     utils.write_atomic(folder / 'prediction.json', lambda f: json.dump(record | dict(id=subject.id), f, indent=1), 'w')
@@ -50,10 +52,12 @@ def prediction_record(cfg, model, spec):
     known = {'dwi': 'multiples of the in-mask median', 'adc': '1e-6 mm^2/s', 'suvr': 'SUVR'}
     units = {name: known.get(name, 'as scaled') for name in spec.targets}
     units |= {name: 'in-mask quantile range, 0..1' for name in spec.targets if spec.scaling[name][0] == 'quantile'}
-    return dict(checkpoint=model.origin, aae=fingerprint(model.aae), exp=cfg.exp, sampler=cfg.sampler,
+    nets = [net for net in (model.unet, model.aae.decoder, model.detail, model.regression) if net is not None]
+    return dict(checkpoint=model.origin, aae=fingerprint(model.aae),
+                weights=fingerprint(torch.nn.ModuleList(nets)), exp=cfg.exp, sampler=cfg.sampler,
                 num_steps=1 if cfg.sampler == 'one_step' else cfg.num_steps,
                 samples=cfg.samples, guidance=cfg.guidance, label=cfg.label, mirror=cfg.mirror, seed=cfg.seed,
-                units=units, settings=model.prep)
+                units=units, settings=spec.travel())
 
 
 def settings_of(path):
@@ -114,21 +118,29 @@ def infer_split(cfg, run, model, spec, folder):
         if spec.task == 'mri2pet' and subject.target is not None:
             volumes[subject.id] = mri_volumes(subject)
 
-    rows, errors = evaluate(run, predict, spec, ids, quick=False, label='translate', on_subject=keep, intervals=fits)
+    # Intervals and status thresholds are fitted on the training and validation subjects: judged on others only.
+    unseen = cfg.split not in ('train', 'validation')
+    rows, errors = evaluate(run, predict, spec, ids, quick=False, label='translate', on_subject=keep,
+                            intervals=fits if unseen else None)
     qc, volumes = dict(run.gather(qc.items())), dict(run.gather(volumes.items()))
     flagged = [f'{id}: {text}' for id, text in sorted(qc.items()) if text not in ('ok', '')]
     if flagged and run.main:
         print(f'{len(flagged)} subjects have a source unlike the training set:', *flagged, sep='\n  ')
-    table = pd.DataFrame(rows)
-    if table.empty or table.shape[1] <= 2:
-        return errors  # no truth: images only
+    without = [row['ID'] for row in rows if set(row) == {'ID', 'seconds'}]
+    if without and run.main:
+        files = ', '.join(spec.targets[name].format(root=spec.root, id=without[0]) for name in spec.target_names)
+        print(f'{len(without)} of {len(rows)} subjects have no truth, images only: {", ".join(without[:10])}'
+              f'{" .." * (len(without) > 10)} (looked for {files})')
+    table = pd.DataFrame([row for row in rows if row['ID'] not in without])
+    if table.empty:
+        return errors
     table = table.assign(qc=table['ID'].map(qc), num_steps=record['num_steps'], samples=cfg.samples)
 
     tables = {}
     for name, baseline in ({} if cfg.only_model else baselines(cfg, run, model, predict)).items():
         rows = evaluate(run, baseline, spec, list(table['ID']), quick=False, label=f'baseline {name}')[0]
         tables[name] = pd.DataFrame(rows)
-    judged = 'suvr_pred' in table and not cfg.only_model
+    judged = 'suvr_pred' in table and unseen and not cfg.only_model
     groups = amyloid_status(cfg, run, spec, predict, table, volumes) if judged else None
     if run.main:
         # validation_*.csv are training curves.
@@ -166,7 +178,11 @@ def baselines(cfg, run, model, predict):
     others = ['unet'] if model.stage == 'post' else []
     if model.stage != 'regression' and checkpoint_path(cfg, 'regression').exists():
         others.append('regression')
-    return found | {name: partial(predict, model=load_model(cfg, run, name)) for name in others}
+    others = {name: load_model(cfg, run, name) for name in others}
+    unlike = {name: differing(other.prep, model.prep) for name, other in others.items()}
+    for name in [name for name, what in unlike.items() if what and run.main]:
+        print(f'the {name} network is left out of the table: trained with another {", ".join(unlike[name])}')
+    return found | {name: partial(predict, model=other) for name, other in others.items() if not unlike[name]}
 
 
 def save_table(table, path):
@@ -179,15 +195,19 @@ def infer_file(cfg, run, model, spec):
         raise config.SettingError('--input needs --out DIR, the folder for the images')
     if cfg.label == 'true':
         raise config.SettingError('--label true reads data_info.csv, which does not know a new file; give its class')
-    files = dict(source=cfg.input, mask=cfg.input_mask)
+    files, out, origin = dict(source=cfg.input, mask=cfg.input_mask), Path(cfg.out), str(Path(cfg.input).resolve())
+    there = [out / f'{name}.nii.gz' for name in spec.targets if (out / f'{name}.nii.gz').exists()]
+    if there and settings_of(out / 'prediction.json').get('source') != origin:
+        raise config.SettingError(f'{there[0]} is there already and was not made from {cfg.input}; choose another '
+                                 '--out')
     subject = dataset.load_subject(replace(spec, lesion=None), files=files, with_truth=False)
     print(*(f'Note: {note}' for note in subject.notes), sep='\n', end='\n' * bool(subject.notes))
     label = int(cfg.label) if cfg.label.isdigit() else None
     pred, std = translate(run, model, subject.stacked, subject.id, Sampling.of(cfg), label)
     qc = check_source(model, subject)
     record = prediction_record(cfg, model, spec)
-    more = dict(qc=qc, intervals=known_intervals(Path('result') / cfg.exp / 'inference.json', record))
-    write_prediction(Path(cfg.out), subject, pred, std, spec, record | more)
+    more = dict(source=origin, qc=qc, intervals=known_intervals(Path('result') / cfg.exp / 'inference.json', record))
+    write_prediction(out, subject, pred, std, spec, record | more)
     if qc not in ('ok', ''):
         print(f'{subject.id}: the source is {qc}; do not trust the images')
     print(f'{", ".join(f"{name}.nii.gz" for name in spec.targets)} written to {cfg.out}')
@@ -197,6 +217,13 @@ def known_intervals(path, record):
     """The intervals that inference on a split fitted, if it was done with this checkpoint and sampler; else {}."""
     same = settings_of(path) | dict(split='') == json.loads(json.dumps(record)) | dict(split='')
     return json.loads(path.read_text()).get('intervals', {}) if same else {}
+
+
+def of_these_files(cfg):
+    """Settings that say what files are like, not what the network was trained on: where given, they hold here."""
+    given = dict(frame_interval=cfg.frame_interval, resample=cfg.resample or None,
+                 unit_scale=cfg.unit_scale if any(factor != 1 for factor in cfg.unit_scale.values()) else None)
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def check_sampling(cfg, model, spec):
@@ -223,7 +250,7 @@ def main():
         theirs, ours = ', '.join(model.prep['target_names']), ', '.join(cfg.targets)
         raise config.SettingError(f"the checkpoint in {folder} is for {theirs} ({model.prep['task']}), the settings "
                                   f'are for {ours} ({cfg.task}); give the preset it was trained with: --preset {used}')
-    spec = dataset.Spec.from_settings(cfg, **model.prep)
+    spec = dataset.Spec.from_settings(cfg, **model.prep | of_these_files(cfg))
     check_sampling(cfg, model, spec)
     if run.main:
         print('\n'.join([*cfg.changes(), f'device {run.describe()}', f'model {model.origin}']))

@@ -166,7 +166,7 @@ def lesion_rim(lesion, mask, spacing, reach=RIM_MM):
     return mask & ~lesion & (distance <= reach + 1e-3)
 
 
-def _lesion_columns(pred, truth, mask, lesion, spacing, ranges):
+def _lesion_columns(pred, truth, mask, lesion, spacing, ranges, physical):
     """The stroke columns of subject_row, from images scaled to 0..1."""
     row = dict.fromkeys([f'{t}_lesion_mae' for t in pred] + LESION_COLUMNS, np.nan)
     if lesion is None:
@@ -177,13 +177,13 @@ def _lesion_columns(pred, truth, mask, lesion, spacing, ranges):
         width = {t: ranges[t][1] - ranges[t][0] for t in pred}
         row.update({f'{t}_lesion_mae': error[t][lesion].mean() * width[t] for t in pred})
         row['lesion_mae'] = np.mean([error[t][lesion].mean() for t in pred])
-        if 'adc' in pred:
+        if 'adc' in pred and physical:
             row['adc_lesion_bias'] = (pred['adc'] - truth['adc'])[lesion].mean() * width['adc']
     if rim.any():
         row['lesion_rim_mae'] = np.mean([error[t][rim].mean() for t in pred])
-    if {'dwi', 'adc'} <= set(pred):
-        physical = [{t: _physical(x[t], ranges[t]) for t in ('dwi', 'adc')} for x in (pred, truth)]
-        row.update(_rule_columns(*physical, mask, lesion, float(np.prod(spacing)) / 1000.0))
+    if {'dwi', 'adc'} <= set(pred) and physical:
+        pair = [{t: _physical(x[t], ranges[t]) for t in ('dwi', 'adc')} for x in (pred, truth)]
+        row.update(_rule_columns(*pair, mask, lesion, float(np.prod(spacing)) / 1000.0))
     return row
 
 
@@ -217,13 +217,14 @@ def _prepare(pred, truth, mask, lesion, ranges):
     return pred, truth, mask, lesion
 
 
-def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2):
+def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physical=True):
     """
     The figures of one subject, as a dict column -> float.
 
     pred, truth: dicts target -> (X, Y, Z) in physical units (DWI in multiples of its in-mask median); mask (X, Y, Z);
     lesion (X, Y, Z), the ischaemic lesion or the cortical composite, or None if not known; spacing: mm of the three
-    axes; ranges: target -> (lo, hi); task 'ctp2dwi' or 'mri2pet'; axis: the array's axial direction.
+    axes; ranges: target -> (lo, hi); task 'ctp2dwi' or 'mri2pet'; axis: the array's axial direction; physical: False
+    where images are 0..1 between quantiles: lesion rule and ADC bias are nan.
 
     Per target: <t>_mae in physical units, <t>_psnr (dB), <t>_ssim, <t>_ms_ssim (axial slices for ctp2dwi, else 3D).
     ctp2dwi, undefined without a lesion:
@@ -232,7 +233,7 @@ def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2):
       lesion_contrast_error  |c_pred - c_true|, c = mean DWI in the lesion / mean DWI in the rest of the mask
       adc_lesion_bias        mean (pred - true) ADC in the lesion, signed, 1e-6 mm^2/s
       lesion_detected        1 if what the lesion rule finds on the prediction overlaps the lesion, else 0; its mean is
-                             the sensitivity (false alarms are counted in false_lesion_ml)
+                             the sensitivity
       lesion_rim_mae         like lesion_mae, within 6 mm around the lesion, outside it, in the mask
     ctp2dwi, defined for a subject without lesion (an empty lesion), too:
       lesion_dice            of the lesion rule on the prediction with the lesion; as in ISLES both empty counts 1 and a
@@ -257,7 +258,7 @@ def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2):
         row[f'{t}_ssim'] = ssim(pred[t], truth[t], mask, axis)
         row[f'{t}_ms_ssim'] = ms_ssim(pred[t], truth[t], mask, axis)
     if task == 'ctp2dwi':
-        row.update(_lesion_columns(pred, truth, mask, lesion, spacing, ranges))
+        row.update(_lesion_columns(pred, truth, mask, lesion, spacing, ranges, physical))
     else:
         t, known = next(iter(pred)), lesion is not None and lesion.any()
         true, made = (_physical(x[t][lesion].mean(), ranges[t]) if known else np.nan for x in (truth, pred))
@@ -304,8 +305,7 @@ def holm(p_values):
 
 def summarise(rows, baselines, seed):
     """
-    Mean and bootstrap 95 % interval over subjects of each column of `rows`, next to the same of each baseline
-    (test_summary.csv).
+    Mean and bootstrap 95 % interval over subjects of each column of `rows`, and of each baseline (test_summary.csv).
 
     rows: one line a subject, with the column ID; baselines: dict name -> such a table. A baseline is read for the
     subjects of `rows` only. Returns columns metric, n (subjects for whom the model's figure is defined), mean, ci_low,
@@ -322,7 +322,7 @@ def summarise(rows, baselines, seed):
         line = {'metric': metric, 'n': int(np.isfinite(x).sum()), **_mean_and_ci(x, '', seed)}
         for name, table in others.items():
             y = table[metric].to_numpy() if metric in table else np.full(len(x), np.nan)
-            difference = x - y
+            difference = np.round(x - y, 9)  # ties stay ties
             difference = difference[np.isfinite(difference) & (difference != 0)]
             line.update(_mean_and_ci(y, f'{name}_', seed))
             line[f'{name}_p'] = float(stats.wilcoxon(difference).pvalue) if len(difference) else np.nan

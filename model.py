@@ -105,6 +105,7 @@ class AAE(nn.Module):
         n = len(vectors)
         weight[:n] = (vectors / scale).to(weight)
         self.decoder.shortcut.weight[:n] = (vectors * scale).to(weight)
+        self.decoder.shortcut.weight[n:] = 0  # more channels than a block has values
         self.encoder.shortcut.bias.copy_(-(weight.flatten(2).sum(2) * mean.to(weight)).sum(1))
         self.decoder.shortcut.bias.copy_(mean)
 
@@ -190,6 +191,8 @@ class UNet(nn.Module):
         self.encode_source = SourceEncoder(dims, source_channels, cond_channels, cond_width)
         self.time = nn.Sequential(nn.Linear(self.emb_dim, emb), nn.SiLU(), nn.Linear(emb, emb))
         self.label = nn.Embedding(num_classes + 1, emb) if num_classes else None
+        if num_classes:  # "unknown" starts as nothing, and stays so where no label is dropped (label_drop = 0)
+            nn.init.zeros_(self.label.weight[num_classes])
         # At t = T-1 the latent is all noise: a gate of the time step lets the network shut it out there.
         self.conv_in, self.conv_cond = conv(dims, latent_channels, widths[0]), conv(dims, cond_channels, widths[0])
         self.gate = zero_init(nn.Linear(emb, widths[0]))
@@ -313,9 +316,9 @@ class PixelUNet(nn.Module):
 
 
 def fingerprint(net):
-    """A short hash of a network's weights and buffers: which autoencoder does a U-Net belong to?"""
+    """A short hash of a network's (or a state_dict's) weights and buffers: which autoencoder does a U-Net belong to?"""
     digest = hashlib.sha256()
-    for name, tensor in sorted(net.state_dict().items()):
+    for name, tensor in sorted((net if isinstance(net, dict) else net.state_dict()).items()):
         digest.update(name.encode() + tensor.detach().cpu().float().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 

@@ -23,7 +23,7 @@ import losses
 import metrics
 import optim
 import utils
-from infer import Model, Sampling, checkpoint_path, load_model, translate, validate
+from infer import Model, Sampling, checkpoint_path, differing, load_model, translate, validate
 from layers import recompute_blocks
 from model import PixelUNet, count_parameters, fingerprint
 from stage import Stage
@@ -100,11 +100,11 @@ def main():
     if spec.lesion is None and cfg.w_lesion:
         raise config.SettingError('post-training with w_lesion above 0 needs the lesion template; '
                                   'set lesion, or --w_lesion 0')
-    encoder_of = fingerprint(model.aae)
+    encoder_of, began_as = fingerprint(model.aae), fingerprint(model.unet)
     # LAPT's goal is the reconstruction of stage 1: that of the tuned decoder would follow its errors.
     before = copy.deepcopy(model.aae) if cfg.post_loss == 'lapt' else None
     lists = utils.seed_key(train_ids, validation_ids)
-    stage = Stage(run, cfg, 'post', FIXED, lists=lists, unet=fingerprint(model.unet))
+    stage = Stage(run, cfg, 'post', FIXED, lists=lists, unet=began_as)
     with stage.main_first():
         # The labels of other splits are never read.
         labels = dataset.read_labels(cfg.data_info, train_ids, spec.num_classes) if spec.num_classes else None
@@ -116,10 +116,11 @@ def main():
         model.detail = run.place(PixelUNet(spec.spatial_dims, cohort.source_channels, cohort.target_channels, True,
                                            cfg.detail_channels, feature_channels=model.unet.feature_channels))
         regression = checkpoint_path(cfg, 'regression')
-        regression = load_model(cfg, run, 'regression').regression if regression.exists() else None
+        regression = load_model(cfg, run, 'regression') if regression.exists() else None
         same = ('spatial_dims', 'source_channels', 'image_channels', 'widths', 'blocks')
-        if regression and all(regression.args[name] == model.detail.args[name] for name in same):
-            model.detail.start_from(regression)
+        if (regression and not differing(regression.prep, spec.travel())
+                and all(regression.regression.args[name] == model.detail.args[name] for name in same)):
+            model.detail.start_from(regression.regression)
             origin, scale = 'as the regression U-Net', cfg.detail_lr_scale
         else:
             some = run.to_device(cohort.some())
@@ -169,7 +170,7 @@ def main():
                 extra = {name: ema.net[name].state_dict() if name in ema.net else None
                          for name in ('decoder', *['detail'] * bool(step))}
                 stage.save_best(net=ema.net['unet'].state_dict(), args=model.unet.args, diffusion=diffusion.args,
-                                aae=encoder_of, prep=spec.travel(), qc=model.qc, **extra,
+                                aae=encoder_of, unet=began_as, prep=spec.travel(), qc=model.qc, **extra,
                                 detail_args=model.detail.args if cfg.detail_branch else None)
         stage.save_if_due(step)
         if last:

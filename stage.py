@@ -188,6 +188,8 @@ class Stage:
         batch, processes = data['fixed'].get('batch_size', self.cfg.batch_size), data['processes']
         for key, value in self.fixed.items():
             old = data['fixed'].get(key)
+            if key == 'targets' and old == value and list(old) != list(value):  # the order of the channels
+                old, value = list(old), list(value)
             if old != value and not (key == 'batch_size' and batch * processes == self.batch):
                 raise RunError(f'{self.last} was trained with {MEANING.get(key, key)} = {old!r}, now it is {value!r}; '
                                'set it back, choose another --exp, or begin anew with --restart')

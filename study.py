@@ -77,6 +77,7 @@ def keep(table, path):
 def perform(trial, seed):
     """Train a trial (resuming what was begun), evaluate it, keep the figures and what it cost."""
     exp, began, cpu = trial.exp(seed), time.time(), 0.0
+    resumed = any(Path('result', exp).glob('last_*'))  # then the seconds before are not known
     source = ('--init_from', BY_NAME[trial.start].exp(seed)) if trial.start else ()
     common = ('--exp', exp, '--seed', str(seed), *source)
     for command in trial.stages:
@@ -97,7 +98,7 @@ def perform(trial, seed):
             keep(pd.read_csv(f'result/{exp}/{name}.csv'), trial.file(seed, group))
     if trial.facts(seed).exists():  # trained before; only a further set was evaluated
         return
-    facts = dict(name=trial.name, seed=seed, training_cpu_seconds=round(cpu), commit=git_state()[:12],
+    facts = dict(name=trial.name, seed=seed, training_cpu_seconds=0 if resumed else round(cpu), commit=git_state()[:12],
                  minutes=round((time.time() - began) / 60, 1), stages=trial.stages, infer=trial.infer)
     write_atomic(trial.facts(seed), lambda f: json.dump(facts, f, indent=1), 'w')
 

@@ -64,8 +64,7 @@ class Spec:
 
     def travel(self):
         """The part that a checkpoint keeps: plain numbers, strings, lists and dicts."""
-        plain = {name: getattr(self, name) for name in TRAVEL}
-        return json.loads(json.dumps(plain))  # tuples become lists
+        return json.loads(json.dumps({name: getattr(self, name) for name in TRAVEL}))  # tuples become lists
 
     def path(self, name, id):
         """The file of 'source', 'mask', 'lesion' or a target; DataError if it is missing or not the only one."""
@@ -99,8 +98,7 @@ def scaling_range(spec, target):
 
 @dataclass
 class Subject:
-    """
-    One subject on the working grid (RAS, spacing, image_size), and the way back to its own, that of the source file.
+    """One subject on the working grid (RAS, spacing, image_size), and the way back to its own, the source file's.
 
     2D: N axial slices of (X, Y), C = frames. 3D: N = 1 volume of (X, Y, Z).
     """
@@ -148,14 +146,22 @@ class Subject:
         pred, mask = (_as_volume(x, self.spec.spatial_dims) for x in (pred, self.mask))
         native, share = grids.onto_inside(pred, mask[0] > 0.5, self.grid[1], self.affine, self.shape)
         grids.fill_nearest(native, share[0] > 0.01, self.native_mask)  # the mask's rim, rounded away on a coarser grid
-        names = self.spec.target_names
         return {name: np.where(self.native_mask, vol.unscale(image, self.spec.scaling[name]), np.float32(0))
-                for name, image in zip(names, native, strict=True)}
+                for name, image in zip(self.spec.target_names, native, strict=True)}
 
     def to_native_raw(self, array):
         """array (N, C, *S) -> (X, Y, Z), or (X, Y, Z, C) if C > 1: geometry only."""
         native = grids.onto(_as_volume(array, self.spec.spatial_dims), self.grid[1], self.affine, self.shape)
         return native[0] if len(native) == 1 else np.moveaxis(native, 0, -1)
+
+    def known_mask(self):
+        """The native mask less what a target on a grid of its own does not reach."""
+        known = self.native_mask
+        for volume, mask, _ in self.volumes.values():
+            if volume.affine is not self.affine:
+                share = grids.onto(mask[None].astype(np.float32), volume.affine, self.affine, self.shape)[0]
+                known = known & (share > 0.01)
+        return known
 
     def truth(self):
         """dict target -> (X, Y, Z) float32 in the units of `to_native`, not clipped, on the native grid."""

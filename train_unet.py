@@ -16,7 +16,7 @@ import metrics
 import optim
 import utils
 from diffusion import Diffusion
-from infer import Model, Sampling, fit_quality, load_aae, translate, validate
+from infer import Model, Sampling, differing, fit_quality, load_aae, translate, validate
 from layers import recompute_blocks
 from model import PixelUNet, UNet, count_parameters, fingerprint, latent_grid
 from stage import Stage
@@ -32,6 +32,10 @@ FIXED_REGRESSION = DATA + ('regression_channels', 'w_image', 'w_lesion', 'lesion
 def train_diffusion(cfg, run, spec, train_ids, validation_ids):
     """The conditional U-Net: denoise normalised latents, given the source and (sometimes) the label."""
     model, aae = load_aae(cfg, run)
+    other = differing(model.prep, spec.travel(), source=False)
+    if other:
+        raise utils.RunError(f'the autoencoder was trained with another {", ".join(other)} than the settings have; set '
+                             'it back, or train one of its own with train_aae.py (another --exp, or --restart)')
     stage = Stage(run, cfg, 'unet', FIXED, lists=utils.seed_key(train_ids, validation_ids), aae=fingerprint(model.aae))
     with stage.main_first():
         # The labels of other splits are never read.

@@ -68,6 +68,14 @@ def checkpoint_path(cfg, stage):
     return Path('result') / cfg.init_from / own.name if cfg.init_from and not own.exists() else own
 
 
+def differing(theirs, ours, source=True):
+    """Settings in which two ways to make arrays (Spec.travel()) differ for a network, with or without the source's."""
+    names = ['spatial_dims', 'spacing', 'target_names', *['context', 'frames', 'frame_spacing'] * source]
+    images = [*ours['target_names'], *['source'] * source]
+    scaled = [f'scaling of {name}' for name in images if theirs['scaling'].get(name) != ours['scaling'].get(name)]
+    return [name for name in names if theirs[name] != ours[name]] + scaled
+
+
 def load_aae(cfg, run):
     """The autoencoder of stage 1 -> (Model with only the aae, its checkpoint)."""
     path = checkpoint_path(cfg, 'aae')
@@ -103,6 +111,11 @@ def _add_networks(cfg, run, model, stage, path, data):
         raise utils.RunError(f"{path} was trained on another autoencoder (fingerprint {data['aae']}) than "
                              f"{checkpoint_path(cfg, 'aae')} holds ({fingerprint(model.aae)}); "
                              'run train_unet.py --restart, then post_train.py --restart')
+    before = checkpoint_path(cfg, 'unet')
+    if stage == 'post' and data.get('unet') and before.exists():
+        if data['unet'] != fingerprint(utils.load_checkpoint(before, 'unet')['net']):
+            raise utils.RunError(f'{path} was trained from another U-Net than {before} holds now; run post_train.py '
+                                 '--restart, or infer.py --stage unet')
     model.stage, model.qc = stage, data.get('qc')
     model.origin = f"{utils.BEST[stage]} (EMA weights) at step {data['step']}"
     model.prep = OLDER | data['prep']

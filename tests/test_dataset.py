@@ -444,6 +444,19 @@ def test_resample_needs_a_common_field_of_view(capsys):
     assert code == 1 and len(faults) == 1 and re.match('s02: .*adc.nii.gz covers only 0% of the mask', faults[0])
 
 
+def test_where_a_target_does_not_reach_there_is_no_truth_to_compare_with():
+    arrays = volumes((14, 17, 12))
+    for name in ('ctp', 'dwi', 'adc', 'mask', 'lesion'):
+        write(f'data/s01/{name}.nii.gz', arrays[name])
+    whole = dataset.load_subject(spec('--resample', 'True'), 's01')
+    assert (whole.known_mask() == whole.native_mask).all()
+    top = int(np.flatnonzero(arrays['mask'].any(axis=(0, 1)))[-1])
+    write('data/s01/dwi.nii.gz', arrays['dwi'][:, :, :top])
+    short = dataset.load_subject(spec('--resample', 'True'), 's01')
+    assert (short.known_mask()[:, :, :top] == short.native_mask[:, :, :top]).all()
+    assert short.native_mask[:, :, top].any() and not short.known_mask()[:, :, top:].any()
+
+
 def test_spec_travels():
     write_stroke()
     one = spec('--spacing', '(2.5, 2.5, None)')

@@ -281,6 +281,24 @@ def test_bootstrap_interval_agrees_with_scipy():
     assert np.isnan(metrics.bootstrap_ci(x[:1], seed=0)).all()
 
 
+def test_equal_differences_are_ties_whatever_their_rounding():
+    steps = np.array([1, 1, 1, -1, 2, 2, 3, -2, 1, 1, 4, -1])
+    base = np.random.default_rng(0).random(12)
+    lines = [pd.DataFrame(dict(ID=[f's{i}' for i in range(12)], x=x)) for x in (base + 0.1 * steps, base)]
+    found = metrics.summarise(lines[0], {'other': lines[1]}, seed=0)['other_p'][0]
+    assert found == pytest.approx(stats.wilcoxon(steps).pvalue, rel=1e-9)
+
+
+def test_no_lesion_rule_without_physical_units():
+    pred, truth, mask, lesion = scene()
+    quantiles = {t: {'dwi': x['dwi'] / 3, 'adc': x['adc'] / 3000} for t, x in (('pred', pred), ('truth', truth))}
+    found = row(*quantiles.values(), mask, lesion, ranges={'dwi': (0, 1), 'adc': (0, 1)}, physical=False)
+    known = row(pred, truth, mask, lesion)
+    assert found.keys() == known.keys() and found['lesion_mae'] == pytest.approx(known['lesion_mae'])
+    rule = [name for name in known if name.startswith(('lesion_d', 'false', 'adc_lesion_bias', 'lesion_contrast'))]
+    assert len(rule) >= 7 and all(np.isnan(found[name]) and np.isfinite(known[name]) for name in rule)
+
+
 def test_holm_by_hand():
     corrected = metrics.holm([0.01, np.nan, 0.04, 0.03, 0.005])
     assert corrected == pytest.approx([0.03, np.nan, 0.06, 0.06, 0.02], nan_ok=True)

@@ -80,7 +80,15 @@ def test_as_many_latents_as_voxels_in_a_block_lose_nothing():
     torch.testing.assert_close(aae(image), image, rtol=1e-4, atol=1e-4)
     wider = AAE(2, 1, 20, (8, 8, 8))  # more latents than components
     wider.start_from_blocks(image)
-    assert bool(torch.isfinite(wider(image)).all())
+    torch.testing.assert_close(wider(image), image, rtol=1e-4, atol=1e-4)
+
+
+def test_the_unknown_label_starts_as_nothing():
+    """And stays so where no label is ever dropped: IL-CLDM's way, absent at sampling."""
+    torch.manual_seed(0)
+    unet = UNet(2, 4, 3, (16, 32), 1, (), 16, 16, num_classes=2)
+    size = unet.label.weight.detach().abs().sum(1)
+    assert float(size[2]) == 0 and bool((size[:2] > 0).all())
 
 
 # ------------------------------------------------------------------------------------------------------------------
