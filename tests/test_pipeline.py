@@ -389,7 +389,7 @@ def test_stage_3_of_another_unet_is_refused(trained):
 
 
 def test_what_files_are_like_is_said_by_the_settings_of_inference(trained):
-    scale = {'source': 1, 'adc': 1e6}
+    scale = {'source': 1, 'dwi': 1, 'adc': 1e6}
     cfg = config.load('', ['--frame_interval', '1.5', '--resample', 'True', '--unit_scale', str(scale)])
     assert infer.of_these_files(cfg) == dict(frame_interval=1.5, resample=True, unit_scale=scale)
     assert infer.of_these_files(config.load('', [])) == {}
