@@ -232,7 +232,7 @@ def train_step(stage, preset, words=(), swap=None, **how):
 
     def load_aae(cfg, run):
         model = networks(run, cfg)
-        return Model(model.aae, prep={}), dict(args=model.aae.args)
+        return Model(model.aae, prep=dataset.Spec.from_settings(cfg).travel()), dict(args=model.aae.args)
 
     def loader(*args, **kwargs):
         read = timed(batches(*args, **kwargs).__next__, timing)
