@@ -112,7 +112,7 @@ def without(path, key):
 
 
 def retrained(path):
-    return checkpoint(path, lambda data: data['net']['latent_mean'].add_(1))
+    return checkpoint(path, lambda data: data['net'][min(data['net'])].add_(1))
 
 
 def lists(**texts):
@@ -225,9 +225,9 @@ DATA = [
     Fault('CT with 1024 added', f'train_aae.py $TINY {NEW}', values(CTP, lambda a: a + 1024)),
     Fault('a brain larger than image_size', f'train_aae.py $TINY {NEW} --image_size (8,12)'),
     Fault('a missing lesion in stage 3', 'post_train.py $TINY --exp new --init_from exp_1', remove(LESION)),
-    Fault('a label that is missing', f'train_unet.py $PET {NEW}',
+    Fault('a label that is missing', 'train_unet.py $PET --exp new --init_from exp_pet',
           write('pet/data_info/data_info.csv', 'ID,label\ns01,1\n')),
-    Fault('a label out of range', f'train_unet.py $PET {NEW}',
+    Fault('a label out of range', 'train_unet.py $PET --exp new --init_from exp_pet',
           write('pet/data_info/data_info.csv', 'ID,label\ns01,1\ns02,5\n')),
     Fault('a cache inside the data', f'train_aae.py $TINY {NEW} --cache_dir data/cache'),
     Fault('a file in the place of the cache', f'train_aae.py $TINY {NEW}', instead('cache')),
@@ -267,6 +267,7 @@ STAGES = [
           retrained(AAE)),
     Fault('a damaged regression U-Net from which stage 3 would start', f'post_train.py $TINY {NEW}',
           write('result/exp_1/CHECKPOINT_regression.pth.tar', 'weights')),
+    Fault('an autoencoder of images on another spacing', f"train_unet.py $TINY {NEW} --spacing '(4, 4, None)'"),
     Fault('an autoencoder of older software', f'train_unet.py $TINY {NEW}', without(AAE, 'args')),
     Fault('an autoencoder with a network of another shape', f'train_unet.py $TINY {NEW}',
           checkpoint(AAE, lambda d: d['args'].update(latent_channels=5))),
@@ -299,6 +300,7 @@ INFER = [
     Fault('a checkpoint with settings of later software', 'infer.py $TINY', checkpoint(
         POST, lambda d: d['args'].update(rotary=True))),
     Fault('a retrained autoencoder', 'infer.py $TINY', retrained(AAE)),
+    Fault('a retrained U-Net under stage 3', 'infer.py $TINY', retrained(UNET)),
     Fault('a model that does not exist', 'infer.py $TINY --stage best'),
     Fault('a split that does not exist', 'infer.py $TINY --split tset'),
     Fault('a subject that cannot be read', 'infer.py $TINY', half('data/s04/ctp.nii.gz'), says='s04: '),
@@ -323,6 +325,8 @@ INFER = [
     Fault('a mask that is not there', f'infer.py $TINY --input {CTP} --input_mask m.nii.gz --out out'),
     Fault('a mask that is an image', f'infer.py $TINY --input {CTP} --input_mask {DWI} --out out'),
     Fault('a file in the place of --out', f'infer.py $TINY --input {CTP} --out out', instead('out')),
+    Fault("another subject's images in --out", f'infer.py $TINY --input {CTP} --out out',
+          write('out/dwi.nii.gz', 'image')),
     Fault('a true label for a new file',
           'infer.py $PET --exp exp_pet --input pet/whole_MRI/s01.nii --out out --label true'),
     Fault('a full disk under a new image', f'infer.py $TINY --input {CTP} --out out', limit=1),
