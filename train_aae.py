@@ -58,7 +58,7 @@ def validate(run, aae, spec, ids, batch_size):
     for id in ids[run.rank::run.world]:
         subject = dataset.load_subject(spec, id)
         pred = subject.to_native(utils.in_batches(run, aae, batch_size, subject.target))
-        rows.append(metrics.quick_row(pred, subject.truth(), subject.native_mask, subject.native_lesion, ranges,
+        rows.append(metrics.quick_row(pred, subject.truth(), subject.known_mask(), subject.native_lesion, ranges,
                                       spec.task, axis=subject.axial_axis))
     return pd.DataFrame(run.gather(rows)).mean().to_dict()
 

@@ -73,7 +73,7 @@ def differing(theirs, ours, source=True):
     names = ['spatial_dims', 'spacing', 'target_names', *['context', 'frames', 'frame_spacing'] * source]
     images = [*ours['target_names'], *['source'] * source]
     scaled = [f'scaling of {name}' for name in images if theirs['scaling'].get(name) != ours['scaling'].get(name)]
-    return [name for name in names if theirs[name] != ours[name]] + scaled
+    return [name for name in names if theirs.get(name) != ours.get(name)] + scaled  # older files lack some
 
 
 def load_aae(cfg, run):
