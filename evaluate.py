@@ -16,6 +16,7 @@ import metrics
 import quality
 import status
 import utils
+import volume
 
 
 def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', intervals=None):
@@ -27,7 +28,6 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
     """
     rows, errors = [], []
     ranges = {name: dataset.scaling_range(spec, name) for name in spec.targets}
-    physical = all(rule[0] != 'quantile' for name, rule in spec.scaling.items() if name != 'source')
     mine = list(enumerate(ids))[run.rank::run.world]
     for i, id in tqdm(mine, desc=label or 'evaluate', leave=False, disable=not run.main, mininterval=0.5):
         try:
@@ -42,7 +42,7 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
                     row |= metrics.quick_row(image, truth, mask, lesion, ranges, spec.task, axis=subject.axial_axis)
                 else:
                     row |= metrics.subject_row(image, truth, mask, lesion, subject.spacing, ranges, spec.task,
-                                               axis=subject.axial_axis, physical=physical)
+                                               axis=subject.axial_axis, physical=volume.in_units(spec.scaling))
                 if intervals:
                     spread = std_maps(subject, std, spec)
                     for name, fit in intervals.items():

@@ -80,7 +80,7 @@ def load_case(spec, folder, id):
     truth = subject.truth() if known else {}
     truth = {target: np.clip(image, *dataset.scaling_range(spec, target)) for target, image in truth.items()}
     found = None
-    if spec.task == 'ctp2dwi' and {'dwi', 'adc'} <= set(pred):
+    if spec.task == 'ctp2dwi' and {'dwi', 'adc'} <= set(pred) and volume.in_units(spec.scaling):
         found = metrics.lesion_rule(pred['dwi'], pred['adc'], subject.native_mask, subject.voxel_ml)
     return subject, montage.Case(id, '', subject.affine, subject.native_mask, [], pred, truth, std,
                                  subject.native_lesion, found, focal=spec.task == 'ctp2dwi')

@@ -196,6 +196,11 @@ def scaling_range(rule):
     return (0.0, 1.0) if rule[0] == 'quantile' else (float(rule[1]), float(rule[2]))
 
 
+def in_units(scaling):
+    """Whether the targets of a `scaling` keep the units that the lesion rule needs: none is 0..1 between quantiles."""
+    return all(rule[0] != 'quantile' for name, rule in scaling.items() if name != 'source')
+
+
 def scaling_limits(rule, values):
     """The file's values (lo, hi) that become -1 and 1, from those inside the mask; ValueError if they are no range."""
     kind, a, b = rule

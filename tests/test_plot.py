@@ -214,6 +214,13 @@ def test_amyloid(monkeypatch):
     assert 'A label was given to the network at inference (--label true)' in Page(folder / 'report.html').text
 
 
+def test_no_outline_of_the_lesion_rule_without_physical_units():
+    folder, spec, ids = make_stroke(), dataset.Spec.from_settings(settings()), STROKE_IDS
+    assert plot.load_case(spec, folder, ids[0])[1].found is not None
+    spec.scaling = dict(spec.scaling, adc=('quantile', 0.005, 0.995))
+    assert plot.load_case(spec, folder, ids[0])[1].found is None and 'rule_ml' not in plot.measure(spec, folder, ids[0])
+
+
 def test_a_folder_with_nothing_but_curves(monkeypatch, capsys):
     write_stroke()
     write_curves(Path('result/exp_1'), stages=('aae', 'unet'))
