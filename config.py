@@ -120,7 +120,7 @@ out = None                       # output folder for --input
 _MRI2PET_DATA = dict(
     task='mri2pet', source='{root}/whole_MRI/{id}.nii', targets={'suvr': '{root}/whole_Abeta/{id}.nii'},
     mask='{root}/mask/{id}.nii',
-    lesion='{root}/roi/{id}.nii', w_lesion=0.5, spatial_dims=3, context=0, frames=None, num_classes=2,
+    lesion='{root}/roi/{id}.nii', w_lesion=0, spatial_dims=3, context=0, frames=None, num_classes=2,
     scaling={'source': ('quantile', 0.005, 0.995), 'suvr': ('range', 0, 3)}, unit_scale={'source': 1, 'suvr': 1})
 
 PRESETS = {
@@ -131,8 +131,8 @@ PRESETS = {
         spacing=(4, 4, 4), image_size=(40, 48, 40), batch_size=4, eval_batch=4,
         aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
-        regression_channels=(16, 32, 48), regression_steps=450, detail_lr_scale=1.0,
-        aae_steps=100, unet_steps=150, post_steps=150, eval_every=150, save_every=150, disc_start=30, disc_ramp=30),
+        regression_channels=(16, 32, 48), regression_steps=900,
+        aae_steps=100, unet_steps=150, post_steps=100, eval_every=150, save_every=150, disc_start=30, disc_ramp=30),
     # Full size, our recipe: LAPT's geometry and scale.
     'ctp2dwi': dict(
         exp='exp_ctp2dwi', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),
