@@ -39,6 +39,12 @@ def region_l1(pred, target, region, voxels=None):
     return error / (pred.shape[1] * (count(region) if voxels is None else voxels)).clamp(min=1)
 
 
+def region_l2(pred, target, region, voxels=None):
+    """Mean squared error over channels and the voxels of a region, over 0.1: as steep as L1 at an error of 0.05."""
+    error = ((pred - target).square() / 0.1 * region).flatten(1).sum(1)
+    return error / (pred.shape[1] * (count(region) if voxels is None else voxels)).clamp(min=1)
+
+
 def lapt_error(pred, target, weight, voxels):
     """LAPT's squared error: sum of weight * (pred - target)^2 over channels and field of view, by a number of voxels.
 
@@ -48,18 +54,22 @@ def lapt_error(pred, target, weight, voxels):
 
 
 def post_training_error(pred, target, mask, lesion, kind, floor=0.0, weight=1.0, voxels=None):
-    """(E_mask, E_lesion) of stage 3 (and of the regression U-Net), each (B,). kind: 'l1' or 'lapt'.
+    """(E_mask, E_lesion) of stage 3 (and of the regression U-Net), each (B,). kind: 'l1', 'l2_l1' or 'lapt'.
 
-    floor, of l1: a lesion below this share of the mask counts by its size, not fully. A mean over five voxels would
-    weigh each of them hundreds of times a healthy one, and the network would answer by painting lesions wherever one is
-    at all possible.
+    l1: mean absolute error in both, against the real image. l2_l1: squared error in the mask, absolute in the lesion.
+    Squared, the many small errors of healthy tissue weigh less against those at edges and near lesions.
+
+    floor, of these two: a lesion below this share of the mask counts by its size, not fully. A mean over five voxels
+    would weigh each of them hundreds of times a healthy one, and the network would answer by painting lesions wherever
+    one is at all possible.
 
     Of a crop: weight (B, 1, *S) is 1 / the probability that the crop holds a voxel, voxels the numbers (B,) of the
     whole image's mask and lesion. The expected value over the crops is then the whole image's, and so is the gradient.
     """
     in_mask, in_lesion = voxels or (count(mask), count(lesion))
-    if kind == 'l1':
-        return (region_l1(pred, target, mask * weight, in_mask),
+    if kind != 'lapt':
+        error = region_l1 if kind == 'l1' else region_l2
+        return (error(pred, target, mask * weight, in_mask),
                 region_l1(pred, target, lesion * weight, torch.maximum(in_lesion, floor * in_mask)))
     return (lapt_error(pred, target, torch.ones_like(mask) * weight, in_mask),
             lapt_error(pred, target, lesion * weight, in_lesion))

@@ -181,7 +181,7 @@ def main():
         batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, cfg.shift)
         with torch.no_grad(), run.autocast():
             z_0 = model.aae.encode(batch['target']).float()
-            goal = batch['target'] if cfg.post_loss == 'l1' else before.decode(z_0).float()
+            goal = before.decode(z_0).float() if before else batch['target']
         t, eps, label = diffusion.draws(z_0, batch['label'], spec.num_classes, cfg.label_drop, cfg.post_last_step_share)
         lr = utils.lr_at(step, cfg.post_steps, cfg.post_lr, cfg.warmup)
         utils.set_lr(opt, lr)
@@ -192,7 +192,7 @@ def main():
                 loss, z_0_hat, features = estimate(model, z, tt, e, source, y)
                 part = {}
                 if cfg.crop and spec.spatial_dims == 3:  # decode only a part: memory
-                    starts, weight = draw_crops(lesion, mask if cfg.post_loss == 'l1' else mask >= 0, cfg.crop)
+                    starts, weight = draw_crops(lesion, mask >= 0 if before else mask, cfg.crop)
                     part = dict(weight=weight, voxels=(losses.count(mask), losses.count(lesion)))
                     z_0_hat, features = (cut(x, starts, cfg.crop, factor=4) for x in (z_0_hat, features))
                     source, target, mask, lesion = (cut(x, starts, cfg.crop) for x in (source, target, mask, lesion))

@@ -77,7 +77,7 @@ def relative(a, b):
     return float((a - b).norm() / b.norm())
 
 
-@pytest.mark.parametrize('kind', ['l1', 'lapt'])
+@pytest.mark.parametrize('kind', ['l1', 'l2_l1', 'lapt'])
 def test_expected_error_and_gradient_are_those_of_the_whole_image(kind):
     """With a decoder in which blocks of 4 x 4 x 4 voxels do not meet, as the autoencoder's shortcut is: to rounding."""
     torch.manual_seed(1)

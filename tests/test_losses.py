@@ -59,7 +59,17 @@ def test_lapt_error_is_the_published_formula():
     assert float(losses.post_training_error(*pair, MASK, LESION, 'lapt')[0]) == pytest.approx(2 * 5.25 / 3)
 
 
-@pytest.mark.parametrize('kind', ['l1', 'lapt'])
+def test_l2_l1_is_squared_in_the_mask_and_absolute_in_the_lesion():
+    e_mask, e_lesion = losses.post_training_error(PRED, TARGET, MASK, LESION, 'l2_l1')
+    assert float(e_mask) == pytest.approx((0.25 + 0 + 1) / 3 / 0.1)
+    assert float(e_lesion) == pytest.approx(1.5 / 2)
+    pred = torch.full((1, 1, 2, 2), 0.05, requires_grad=True)  # an error of 0.05: as steep as L1
+    for kind in ('l1', 'l2_l1'):
+        e_mask = losses.post_training_error(pred, torch.zeros_like(pred), MASK, EMPTY, kind)[0]
+        assert float(torch.autograd.grad(e_mask, pred)[0][0, 0, 0, 0]) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize('kind', ['l1', 'l2_l1', 'lapt'])
 @pytest.mark.parametrize('dims', [2, 3])
 def test_samples_without_lesion_give_zero_and_a_clean_gradient(kind, dims):
     torch.manual_seed(0)
