@@ -90,10 +90,9 @@ disc_ramp = 40                   # ... and its weight rises over this many steps
 regression = False               # train_unet.py: train the baseline instead, a plain U-Net from source to target
 regression_channels = (32, 64, 96)  # its widths; with those of detail_channels stage 3 starts from it
 regression_steps = 1500          # its steps
-regression_loss = 'l1'           # l1 or l2_l1, as post_loss
 
 # Post-training
-post_loss = 'l2_l1'              # l2_l1: squared error in the mask, L1 in the lesion; l1: L1 in both; lapt: LAPT's
+post_loss = 'l1'                 # l1; l2_l1: squared error in the mask, L1 in the lesion; lapt: LAPT's, see losses.py
 lambda_t = 'constant'            # constant (1) or linear ((T-t)/T): weight of the pixel terms at time step t
 w_diffusion = 0.1                # weight of the diffusion loss in stage 3
 w_image = 0.5                    # weight of the error in the brain mask
@@ -121,7 +120,7 @@ out = None                       # output folder for --input
 _MRI2PET_DATA = dict(
     task='mri2pet', source='{root}/whole_MRI/{id}.nii', targets={'suvr': '{root}/whole_Abeta/{id}.nii'},
     mask='{root}/mask/{id}.nii',
-    lesion='{root}/roi/{id}.nii', w_lesion=0, post_loss='l1', spatial_dims=3, context=0, frames=None, num_classes=2,
+    lesion='{root}/roi/{id}.nii', w_lesion=0, spatial_dims=3, context=0, frames=None, num_classes=2,
     scaling={'source': ('quantile', 0.005, 0.995), 'suvr': ('range', 0, 3)}, unit_scale={'source': 1, 'suvr': 1})
 
 PRESETS = {
@@ -129,10 +128,11 @@ PRESETS = {
     'mri2pet_demo': dict(
         _MRI2PET_DATA, exp='exp_mri2pet_demo', data_root='data/phantom_mri2pet',
         data_info='data/phantom_mri2pet/data_info',
-        spacing=(4, 4, 4), image_size=(40, 48, 40), batch_size=4, eval_batch=4, disc_channels=(16, 32),
+        spacing=(4, 4, 4), image_size=(40, 48, 40), batch_size=4, eval_batch=4,
+        aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
-        regression_channels=(16, 32, 48), regression_steps=900, aae_steps=100, unet_steps=150, post_steps=100,
-        eval_every=150, save_every=150, disc_start=30, disc_ramp=30),
+        regression_channels=(16, 32, 48), regression_steps=900,
+        aae_steps=100, unet_steps=150, post_steps=100, eval_every=150, save_every=150, disc_start=30, disc_ramp=30),
     # Full size, our recipe: LAPT's geometry and scale.
     'ctp2dwi': dict(
         exp='exp_ctp2dwi', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),
@@ -189,9 +189,8 @@ PRESETS = {
 CHOICES = dict(
     task=('ctp2dwi', 'mri2pet'), precision=('auto', 'fp32', 'bf16', 'fp16'),
     spatial_dims=(2, 3), optimizer=('muon', 'adam'), predict=('v', 'z_0', 'eps'),
-    schedule=('scaled_linear', 'linear', 'cosine'), loss_weight=('none', 'min_snr'), regression_loss=('l1', 'l2_l1'),
-    post_loss=('l2_l1', 'l1', 'lapt'), lambda_t=('constant', 'linear'), sampler=('one_step', 'ddim', 'ddpm'),
-    split=('train', 'validation', 'test'))
+    schedule=('scaled_linear', 'linear', 'cosine'), loss_weight=('none', 'min_snr'), lambda_t=('constant', 'linear'),
+    post_loss=('l1', 'l2_l1', 'lapt'), sampler=('one_step', 'ddim', 'ddpm'), split=('train', 'validation', 'test'))
 MAY_BE_NONE = dict(init_from=str, mask=str, lesion=str, frames=int, frame_spacing=float,
                    frame_interval=float, crop=tuple, input=str, input_mask=str, out=str)
 ITEMS = dict(targets=(str,), scaling=(tuple, list), unit_scale=(int, float))
@@ -199,6 +198,7 @@ AT_MOST_1 = ('ema', 'last_step_share', 'post_last_step_share', 'label_drop', 'dr
 POSITIVE = ('batch_size', 'accumulate', 'lr', 'aae_lr', 'post_lr', 'eval_every', 'save_every', 'num_steps',
             'samples', 'timesteps', 'latent_channels', 'cond_channels', 'cond_width', 'eval_batch', 'grad_clip',
             'aae_blocks', 'unet_blocks', 'warmup', 'frame_spacing', 'frame_interval')
+
 _NO_SETTING = (types.ModuleType, type, types.FunctionType)
 DEFAULTS = {k: v for k, v in list(globals().items()) if k[0].islower() and not isinstance(v, _NO_SETTING)}
 

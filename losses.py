@@ -57,7 +57,6 @@ def post_training_error(pred, target, mask, lesion, kind, floor=0.0, weight=1.0,
     """(E_mask, E_lesion) of stage 3 (and of the regression U-Net), each (B,). kind: 'l1', 'l2_l1' or 'lapt'.
 
     l1: mean absolute error in both, against the real image. l2_l1: squared error in the mask, absolute in the lesion.
-    Squared, the many small errors of healthy tissue weigh less against those at edges and near lesions.
 
     floor, of these two: a lesion below this share of the mask counts by its size, not fully. A mean over five voxels
     would weigh each of them hundreds of times a healthy one, and the network would answer by painting lesions wherever

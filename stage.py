@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import config
 from utils import BEST, RunError, load_checkpoint, load_weights, old_folder, reading, save_checkpoint, write_atomic
 
 try:
@@ -188,7 +187,7 @@ class Stage:
         """Take over the state, networks and optimisers of a last_ file, if it was trained with the same settings."""
         batch, processes = data['fixed'].get('batch_size', self.cfg.batch_size), data['processes']
         for key, value in self.fixed.items():
-            old = data['fixed'].get(key, config.DEFAULTS.get(key))  # a setting that came later: as its constant
+            old = data['fixed'].get(key)
             if key == 'targets' and old == value and list(old) != list(value):  # the order of the channels
                 old, value = list(old), list(value)
             if old != value and not (key == 'batch_size' and batch * processes == self.batch):

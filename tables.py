@@ -10,7 +10,7 @@ import pandas as pd
 
 import metrics
 import status
-from trials import BOTH, BY_NAME, FEW, VALIDATION
+from trials import BOTH, BY_NAME, FEW, MORE, VALIDATION
 from utils import write_atomic
 
 COLUMNS = {
@@ -21,26 +21,25 @@ COLUMNS = {
 TEST = ('test',)
 TABLES = [  # title, the first line, the others, sets
     ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/start'], BOTH),
-    ('Loss, lesion weight', 'stroke/ours', ['stroke/weight_05', 'stroke/weight_1', 'stroke/l1', 'stroke/l1_weight_05',
-                                            'stroke/l1_weight_1'], TEST),
-    ('Loss, lesion weight', 'stroke/ours', ['stroke/weight_05', 'stroke/l1', 'stroke/l1_weight_05'], VALIDATION),
+    ('Lesion weight', 'stroke/ours', ['stroke/weight_05', 'stroke/weight_1'], TEST),
+    ('Loss', 'stroke/ours', ['stroke/l2_l1'], MORE),
     ('Loss, weights, decoder, without detail branch', 'stroke/no_detail',
      ['stroke/no_detail_weight_0', 'stroke/no_detail_weight_2', 'stroke/lapt_loss', 'stroke/frozen_decoder'], TEST),
     ('Recipes, stroke', 'stroke/ours', ['stroke/regression', 'stroke/regression_plain'], BOTH),
     ('Recipes, stroke, one seed', 'stroke/ours',
-     ['stroke/regression_l2_l1', 'stroke/regression_slices', 'stroke/no_detail', 'stroke/from_zero',
-      'stroke/latent_regression', 'stroke/lapt', 'stroke/monai'], TEST),
+     ['stroke/no_detail', 'stroke/regression_slices', 'stroke/from_zero', 'stroke/latent_regression', 'stroke/lapt',
+      'stroke/monai'], TEST),
     ('Sampling, stroke', 'stroke/ours', ['stroke/ddim2', 'stroke/ddim10', 'stroke/ddim50', 'stroke/samples4',
                                          'stroke/samples16', 'stroke/not_mirrored',
                                          'stroke/stage2_not_mirrored'], TEST),
     ('1000 steps', 'stroke/ours', ['stroke/ddim50', 'stroke/ddpm'], tuple(FEW)),
-    ('Fast settings', 'stroke/l1', ['stroke/fp32', 'stroke/adam'], TEST),
-    ('Subjects and steps', 'stroke/l1', ['stroke/subjects_10', 'stroke/subjects_30', 'stroke/steps_half',
-                                         'stroke/steps_double'], TEST),
-    ("The detail branch's rate", 'stroke/l1', ['stroke/detail_lr_1'], VALIDATION),
-    ('Learning rates, start', 'stroke/l1',
-     ['stroke/from_weighted', 'stroke/post_lr_half', 'stroke/post_lr_double', 'stroke/post_lr_half_weight_05',
-      'stroke/detail_lr_quarter_weight_05', 'stroke/l1_weight_05', 'stroke/regression_plain',
+    ('Fast settings', 'stroke/ours', ['stroke/fp32', 'stroke/adam'], TEST),
+    ('Subjects and steps', 'stroke/ours', ['stroke/subjects_10', 'stroke/subjects_30', 'stroke/steps_half',
+                                           'stroke/steps_double'], TEST),
+    ("The detail branch's rate", 'stroke/ours', ['stroke/detail_lr_1'], VALIDATION),
+    ('Learning rates, start', 'stroke/ours',
+     ['stroke/from_weighted', 'stroke/post_lr_half', 'stroke/post_lr_double', 'stroke/weight_05',
+      'stroke/post_lr_half_weight_05', 'stroke/detail_lr_quarter_weight_05', 'stroke/regression_plain',
       'stroke/regression_lr_half', 'stroke/regression_lr_double'], VALIDATION),
     ('Label conditioning', 'amyloid/ours', ['amyloid/no_label', 'amyloid/never_dropped', 'amyloid/label_given'], TEST),
     ('Guidance', 'amyloid/label_given', ['amyloid/guidance2', 'amyloid/guidance4'], TEST),
@@ -55,7 +54,7 @@ TABLES = [  # title, the first line, the others, sets
 # The figure: lesion MAE against PSNR as the weight of the lesion grows.
 CURVES = {'ours: its start, w_lesion 0.3, 0.5, 1': ('stroke/start', 'stroke/ours', 'stroke/weight_05',
                                                    'stroke/weight_1'),
-          'ours with L1, w_lesion 0.3, 0.5, 1': ('stroke/l1', 'stroke/l1_weight_05', 'stroke/l1_weight_1'),
+          'ours with squared error in the mask': ('stroke/l2_l1',),
           'without detail branch: control, w_lesion 0, 0.3, 2': (
               'stroke/control', 'stroke/no_detail_weight_0', 'stroke/no_detail', 'stroke/no_detail_weight_2'),
           "without detail branch, LAPT's loss": ('stroke/lapt_loss',),

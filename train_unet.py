@@ -26,7 +26,7 @@ DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'context', '
         'optimizer', 'lr')
 FIXED = DATA + ('unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout', 'predict',
                 'schedule', 'timesteps', 'loss_weight', 'last_step_share', 'label_drop')
-FIXED_REGRESSION = DATA + ('regression_channels', 'regression_loss', 'w_image', 'w_lesion', 'lesion_floor')
+FIXED_REGRESSION = DATA + ('regression_channels', 'w_image', 'w_lesion', 'lesion_floor')
 
 
 def train_diffusion(cfg, run, spec, train_ids, validation_ids):
@@ -143,8 +143,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
         for source, target, mask, lesion in zip(*chunks, strict=True):
             with run.autocast():
                 pred = net(source).float()
-            e_mask, e_lesion = losses.post_training_error(pred, target, mask, lesion, cfg.regression_loss,
-                                                          cfg.lesion_floor)
+            e_mask, e_lesion = losses.post_training_error(pred, target, mask, lesion, 'l1', cfg.lesion_floor)
             image.append(e_mask)
             region.append(e_lesion)
             run.backward((cfg.w_image * image[-1] + cfg.w_lesion * region[-1]).mean() / cfg.accumulate)

@@ -43,10 +43,9 @@ AAE, UNET, POST = 'train_aae.py', 'train_unet.py', 'post_train.py'
 REGRESSION = f'{UNET} --regression True'
 ALL, THREE = (AAE, UNET, f'{REGRESSION} --w_lesion 0', POST), (0, 1, 2)
 BOTH, MORE, VALIDATION = ('test', 'shifted'), ('test', 'shifted', 'validation'), ('validation',)
-ALL_L1 = *ALL[:3], f'{POST} --post_loss l1'  # ours before l2_l1
-POST_L1, LATENT = ALL_L1[3], f'{POST} --detail_branch False --post_loss l1'
+LATENT = f'{POST} --detail_branch False'
 PLAIN = f'{REGRESSION} --regression_steps 2600 --w_lesion 0'
-LAPT_POST = f'{POST} --detail_branch False --post_loss lapt --w_diffusion 1 --w_image 0.01 --w_lesion 0.02'
+LAPT_LOSS = '--post_loss lapt --w_diffusion 1 --w_image 0.01 --w_lesion 0.02'
 LAPT = '--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam --context 0'
 ILCLDM = ('--predict eps --schedule linear --normalise_latents False --last_step_share 0 --latent_channels 1 '
           '--label_drop 0 --optimizer adam')
@@ -59,24 +58,23 @@ STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000',
 TRIALS = [
     # Stroke. The rivals have the time of all of our stages.
     Trial('stroke/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=MORE),
-    Trial('stroke/l1', 'ours with L1 everywhere (post_loss l1)', ALL_L1, seeds=THREE, sets=MORE),
     Trial('stroke/regression', 'regression U-Net on the image grid, the same lesion weight, equal time',
           (f'{REGRESSION} --regression_steps 2600',), 'stroke/ours', '--stage regression', THREE, BOTH),
+    Trial('stroke/l2_l1', 'ours with squared error in the mask (post_loss l2_l1)',
+          (*ALL[:3], f'{POST} --post_loss l2_l1'), seeds=THREE, sets=MORE),
     Trial('stroke/control', 'latent network trained on as long with w_image = w_lesion = 0',
           (f'{LATENT} --w_image 0 --w_lesion 0',), 'stroke/ours', seeds=THREE, sets=BOTH),
     Trial('stroke/stage2', 'the latent network before post-training', (), 'stroke/ours', '--stage unet', THREE, BOTH),
     Trial('stroke/start', 'the plain regression that stage 3 starts from', (), 'stroke/ours', '--stage regression',
           THREE, BOTH),
-    Trial('stroke/no_detail', 'post-training without detail branch', (LATENT,), 'stroke/l1'),
+    Trial('stroke/no_detail', 'post-training without detail branch', (LATENT,), 'stroke/ours'),
     Trial('stroke/regression_plain', 'the same without lesion weight',
           (PLAIN,), 'stroke/ours', '--stage regression', THREE, MORE),
-    Trial('stroke/regression_l2_l1', 'with the lesion weight, squared error in the mask as in ours',
-          (f'{REGRESSION} --regression_steps 2600 --regression_loss l2_l1',), 'stroke/ours', '--stage regression',
-          sets=MORE),
     Trial('stroke/regression_slices', 'the same on single slices, not mirrored',
           (f'{REGRESSION} --regression_steps 2600 --w_lesion 0 --context 0',), 'stroke/ours',
           '--stage regression --mirror False'),
-    Trial('stroke/lapt_loss', "without detail branch, LAPT's loss and weights", (LAPT_POST,), 'stroke/l1'),
+    Trial('stroke/lapt_loss', "without detail branch, LAPT's loss and weights", (f'{LATENT} {LAPT_LOSS}',),
+          'stroke/ours'),
     Trial('stroke/ddim50', '50 DDIM steps', (), 'stroke/ours', DDIM),
     Trial('stroke/samples4', 'one step, mean of 4 latents', (), 'stroke/ours', '--samples 4'),
     Trial('stroke/samples16', 'one step, mean of 16 latents', (), 'stroke/ours', '--samples 16'),
@@ -84,14 +82,11 @@ TRIALS = [
     Trial('stroke/ddim2', '2 DDIM steps', (), 'stroke/ours', '--sampler ddim --num_steps 2'),
     Trial('stroke/ddim10', '10 DDIM steps', (), 'stroke/ours', '--sampler ddim --num_steps 10'),
     Trial('stroke/frozen_decoder', 'without detail branch, decoder not tuned', (f'{LATENT} --tune_decoder False',),
-          'stroke/l1'),
-    Trial('stroke/no_detail_weight_2', 'without detail branch, w_lesion 2', (f'{LATENT} --w_lesion 2',), 'stroke/l1'),
-    Trial('stroke/no_detail_weight_0', 'without detail branch, w_lesion 0', (f'{LATENT} --w_lesion 0',), 'stroke/l1'),
+          'stroke/ours'),
+    Trial('stroke/no_detail_weight_2', 'without detail branch, w_lesion 2', (f'{LATENT} --w_lesion 2',), 'stroke/ours'),
+    Trial('stroke/no_detail_weight_0', 'without detail branch, w_lesion 0', (f'{LATENT} --w_lesion 0',), 'stroke/ours'),
     Trial('stroke/weight_05', 'w_lesion 0.5', (f'{POST} --w_lesion 0.5',), 'stroke/ours', sets=('test', 'validation')),
     Trial('stroke/weight_1', 'w_lesion 1', (f'{POST} --w_lesion 1',), 'stroke/ours'),
-    Trial('stroke/l1_weight_05', 'L1, w_lesion 0.5', (f'{POST_L1} --w_lesion 0.5',), 'stroke/l1',
-          sets=('test', 'validation')),
-    Trial('stroke/l1_weight_1', 'L1, w_lesion 1', (f'{POST_L1} --w_lesion 1',), 'stroke/l1'),
     Trial('stroke/stage2_not_mirrored', 'the latent network before post-training, not mirrored', (), 'stroke/ours',
           '--stage unet --mirror False'),
     Trial('stroke/not_mirrored', 'without the mean with the mirrored source', (), 'stroke/ours', '--mirror False'),
@@ -101,31 +96,31 @@ TRIALS = [
           (f'{UNET} --last_step_share 1 --unet_steps 2000',), 'stroke/ours', '--stage unet'),
     Trial('stroke/lapt', "LAPT's recipe at the demo's size, 50 DDIM steps, equal time",
           (f'{AAE} {LAPT} {PAPER_DDIM} --aae_steps 300', f'{UNET} {LAPT} {PAPER_DDIM} --unet_steps 1200',
-           f'{LAPT_POST} {PAPER_DDIM} --lambda_t linear --flip False --shift 0 --post_last_step_share 0 '
-           '--tune_decoder False --optimizer adam --post_steps 300 --post_lr 1e-4'), '',
+           f'{POST} {LAPT_LOSS} {PAPER_DDIM} --lambda_t linear --flip False --shift 0 --post_last_step_share 0 '
+           '--tune_decoder False --detail_branch False --optimizer adam --post_steps 300 --post_lr 1e-4'), '',
           PAPER_DDIM),
     Trial('stroke/monai', "MONAI's latent diffusion by its tutorial, 50 DDIM steps, equal time", (MONAI,), sets=BOTH),
-    # What the fast settings cost, with L1 everywhere.
-    Trial('stroke/fp32', 'all stages and inference in fp32', tuple(f'{c} --precision fp32' for c in ALL_L1), '',
+    # What the fast settings cost.
+    Trial('stroke/fp32', 'all stages and inference in fp32', tuple(f'{c} --precision fp32' for c in ALL), '',
           '--precision fp32'),
-    Trial('stroke/adam', 'all stages with AdamW', tuple(f'{c} --optimizer adam' for c in ALL_L1)),
-    # How it grows, with L1 everywhere; the steps are those of all stages.
-    Trial('stroke/subjects_10', '10 training subjects', ALL_L1, subjects=10),
-    Trial('stroke/subjects_30', '30 training subjects', ALL_L1, subjects=30),
-    Trial('stroke/steps_half', 'half of the steps', tuple(map(' '.join, zip(ALL_L1, STEPS_HALF, strict=True)))),
-    Trial('stroke/steps_double', 'twice the steps', tuple(map(' '.join, zip(ALL_L1, STEPS_DOUBLE, strict=True)))),
-    # Learning rates, with L1 everywhere, on the validation subjects.
-    Trial('stroke/post_lr_half', 'L1, half the learning rate for all of stage 3',
-          (f'{POST_L1} --post_lr 2.5e-4 --detail_lr_scale 1',), 'stroke/l1', sets=VALIDATION),
-    Trial('stroke/post_lr_double', 'L1, twice the learning rate, for the detail branch too',
-          (f'{POST_L1} --post_lr 1e-3 --detail_lr_scale 1',), 'stroke/l1', sets=VALIDATION),
-    Trial('stroke/post_lr_half_weight_05', 'L1, half the learning rate for all of stage 3, w_lesion 0.5',
-          (f'{POST_L1} --post_lr 2.5e-4 --detail_lr_scale 1 --w_lesion 0.5',), 'stroke/l1', sets=VALIDATION),
-    Trial('stroke/detail_lr_1', 'L1, the same learning rate for the detail branch', (f'{POST_L1} --detail_lr_scale 1',),
-          'stroke/l1', seeds=(0, 1), sets=VALIDATION),
-    Trial('stroke/detail_lr_quarter_weight_05', 'L1, a quarter of it for the detail branch, w_lesion 0.5',
-          (f'{POST_L1} --detail_lr_scale 0.25 --w_lesion 0.5',), 'stroke/l1', sets=VALIDATION),
-    Trial('stroke/from_weighted', 'L1, from a regression with the lesion weight', (REGRESSION, POST_L1), 'stroke/l1',
+    Trial('stroke/adam', 'all stages with AdamW', tuple(f'{c} --optimizer adam' for c in ALL)),
+    # How it grows; the steps are those of all stages.
+    Trial('stroke/subjects_10', '10 training subjects', ALL, subjects=10),
+    Trial('stroke/subjects_30', '30 training subjects', ALL, subjects=30),
+    Trial('stroke/steps_half', 'half of the steps', tuple(map(' '.join, zip(ALL, STEPS_HALF, strict=True)))),
+    Trial('stroke/steps_double', 'twice the steps', tuple(map(' '.join, zip(ALL, STEPS_DOUBLE, strict=True)))),
+    # Learning rates, on the validation subjects.
+    Trial('stroke/post_lr_half', 'ours, half the learning rate for all of stage 3',
+          (f'{POST} --post_lr 2.5e-4 --detail_lr_scale 1',), 'stroke/ours', sets=VALIDATION),
+    Trial('stroke/post_lr_double', 'ours, twice the learning rate, for the detail branch too',
+          (f'{POST} --post_lr 1e-3 --detail_lr_scale 1',), 'stroke/ours', sets=VALIDATION),
+    Trial('stroke/post_lr_half_weight_05', 'ours, half the learning rate for all of stage 3, w_lesion 0.5',
+          (f'{POST} --post_lr 2.5e-4 --detail_lr_scale 1 --w_lesion 0.5',), 'stroke/ours', sets=VALIDATION),
+    Trial('stroke/detail_lr_1', 'ours, the same learning rate for the detail branch', (f'{POST} --detail_lr_scale 1',),
+          'stroke/ours', seeds=(0, 1), sets=VALIDATION),
+    Trial('stroke/detail_lr_quarter_weight_05', 'ours, a quarter of it for the detail branch, w_lesion 0.5',
+          (f'{POST} --detail_lr_scale 0.25 --w_lesion 0.5',), 'stroke/ours', sets=VALIDATION),
+    Trial('stroke/from_weighted', 'ours, from a regression with the lesion weight', (REGRESSION, POST), 'stroke/ours',
           sets=VALIDATION),
     Trial('stroke/regression_lr_half', 'plain regression, half the learning rate', (f'{PLAIN} --lr 5e-4',),
           'stroke/ours', '--stage regression', sets=VALIDATION),
