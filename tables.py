@@ -27,7 +27,7 @@ TABLES = [  # title, the first line, the others, sets
      ['stroke/no_detail_weight_0', 'stroke/no_detail_weight_2', 'stroke/lapt_loss', 'stroke/frozen_decoder'], TEST),
     ('Recipes, stroke', 'stroke/ours', ['stroke/regression', 'stroke/regression_plain'], BOTH),
     ('Recipes, stroke, one seed', 'stroke/ours',
-     ['stroke/no_detail', 'stroke/regression_slices', 'stroke/from_zero', 'stroke/latent_regression', 'stroke/lapt',
+     ['stroke/no_detail', 'stroke/regression_simple', 'stroke/from_zero', 'stroke/latent_regression', 'stroke/lapt',
       'stroke/monai'], TEST),
     ('Sampling, stroke', 'stroke/ours', ['stroke/ddim2', 'stroke/ddim10', 'stroke/ddim50', 'stroke/samples4',
                                          'stroke/samples16', 'stroke/not_mirrored',
