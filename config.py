@@ -29,7 +29,7 @@ cache_dir = 'cache'                                # preprocessed arrays; may be
 source = '{root}/{id}/ctp.nii.gz'                  # source image; * must match exactly one file
 targets = {'dwi': '{root}/{id}/dwi.nii.gz', 'adc': '{root}/{id}/adc.nii.gz'}  # target images: name -> file
 mask = '{root}/{id}/mask.nii.gz'                   # brain mask; None: source > 0, largest component, holes filled
-lesion = '{root}/{id}/lesion.nii.gz'               # region of stage 3, needed in training only; None: no lesion term
+lesion = '{root}/{id}/lesion.nii.gz'               # region of stage 3 and of figures (all zero: no lesion); or None
 spatial_dims = 2                 # 2: axial slices, 3: volumes
 spacing = (3, 3, None)           # mm of the working grid; None keeps an axis as it is
 image_size = (64, 72)            # voxels of the working grid, multiples of 4; when memory runs out, lower it
@@ -43,7 +43,7 @@ unit_scale = {'source': 1, 'dwi': 1, 'adc': 1}     # factor on a file's values, 
 num_classes = 0                  # number of label values in data_info.csv; 0: labels are not read
 flip = True                      # augmentation: left-right flips
 shift = 2                        # augmentation: shifts by up to this many voxels
-workers = 0                      # loading processes; 0 reads the memory-mapped cache in the training process
+workers = 0                      # loading processes; 0: the training process reads the cache itself
 
 # Networks
 latent_channels = 20             # channels of the latent, a quarter of the image size along each axis
@@ -184,7 +184,7 @@ PRESETS = {
         eval_every=5000, save_every=1000, disc_start=1000, disc_ramp=1, flip=False, shift=0, checkpointing=True,
         sampler='ddpm', num_steps=1000, mirror=False, w_diffusion=1.0, post_last_step_share=0),
 }
-# Your own data, here: PRESETS['mine'] = dict(PRESETS['ctp2dwi'], exp='exp_mine', data_root=...); see README, Layouts.
+# Your own data: PRESETS['mine'] = dict(PRESETS['ctp2dwi'], exp=..., data_root=..., data_info=...); README, Layouts.
 
 CHOICES = dict(
     task=('ctp2dwi', 'mri2pet'), precision=('auto', 'fp32', 'bf16', 'fp16'),

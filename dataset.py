@@ -279,6 +279,10 @@ def _write_splits(spec, shares, seed):
         except DataError as error:
             print(f'  left out {id}: {error}')
     lists = make_splits(complete, spec.data_info, shares, seed)
+    table = read_table(spec.data_info)
+    patients = {table[id]['patient'] for id in complete if table.get(id, {}).get('patient')}
+    said = f'of {len(patients)} patients' if patients else 'each a patient of its own: data_info.csv names none'
+    print(f'  {len(complete)} subjects, {said}')
     for split, names in lists.items():
         print(f'  {len(names)} subjects in {os.path.join(spec.data_info, split)}.txt')
     return 0

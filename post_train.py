@@ -5,11 +5,12 @@ the decoder:
     L = w_diffusion * L_diffusion + lambda_t * (w_image * E_mask + w_lesion * E_lesion),  E: error of D(z_0_hat)
 
 python post_train.py                                     settings in config.py, results in result/<exp>/
-python post_train.py --exp control --init_from exp_1 --w_image 0 --w_lesion 0      a control without pixel terms
+python post_train.py --exp control --init_from exp_1 --detail_branch False --w_image 0 --w_lesion 0    the control:
+                                                         the latent network, trained on without pixel terms
 torchrun --nproc_per_node=4 post_train.py                several GPUs; run again to resume, --restart begins anew
 
-The lesion mask (amyloid: the cortical composite) is needed in training only; task, networks and schedule come from the
-checkpoints.
+No lesion mask (amyloid: cortical composite) is needed to translate a new subject (infer.py --input); task, networks
+and schedule come from the checkpoints.
 """
 
 import copy

@@ -103,7 +103,9 @@ def read_table(data_info):
     text = _text(path)
     delimiter = max(',;\t', key=text.split('\n', 1)[0].count)  # spreadsheets of some countries write ;
     rows = list(csv.DictReader(text.splitlines(), delimiter=delimiter))
-    rows = [{k.strip(): (v or '').strip() for k, v in row.items() if k is not None} for row in rows]
+    known = {name.lower(): name for name in ('ID', 'label', 'patient')}
+    rows = [{known.get(k.strip().lower(), k.strip()): (v or '').strip() for k, v in row.items() if k is not None}
+            for row in rows]
     if rows and 'ID' not in rows[0]:
         raise DataError(f'{path} has no column ID, only {", ".join(rows[0])}; its first line must be ID,label or '
                         f'ID,label,patient.')
@@ -111,6 +113,10 @@ def read_table(data_info):
     for row in rows:
         if row['ID'] and table.setdefault(row['ID'], row) != row:
             raise DataError(f"{path} has two different rows for {row['ID']}; keep one.")
+    unnamed = [id for id, row in table.items() if not row.get('patient')]
+    if 0 < len(unnamed) < len(table):
+        raise DataError(f'{path} names no patient for {unnamed[0]} ({len(unnamed)} rows in all); fill the column for '
+                        'each ID, or leave it out.')
     return table
 
 
@@ -194,7 +200,7 @@ def make_splits(ids, data_info, shares, seed=0):
     Write train.txt, validation.txt and test.txt: shares as '0.7,0.1,0.2', at random but the same for the same IDs and
     seed, all visits of a patient (data_info.csv) in one list, every list filled. Returns dict split -> IDs.
 
-    Existing lists are an error, so that no split is lost.
+    Existing lists are an error, so that no split is lost, and so is an ID without a row in a table of patients.
     """
     try:
         parts = [float(word) for word in str(shares).replace('(', '').replace(')', '').split(',')]
@@ -207,6 +213,10 @@ def make_splits(ids, data_info, shares, seed=0):
     if existing:
         raise DataError(f'{", ".join(existing)} exists already; move it away first, so that no split is lost.')
     table, visits = read_table(data_info), {}
+    without = sorted(id for id in ids if id not in table)
+    if without and any(row.get('patient') for row in table.values()):
+        raise DataError(f"{os.path.join(data_info, 'data_info.csv')} names patients, but has no row for {without[0]} "
+                        f'({len(without)} subjects in all); add them.')
     for id in sorted(ids):
         visits.setdefault(table.get(id, {}).get('patient') or id, []).append(id)
     if len(visits) < 3:

@@ -29,6 +29,26 @@ def auc(score, label):
     return float(wins.mean()) if wins.size else np.nan
 
 
+def mean_auc(scores, label, seed=0):
+    """Mean of the AUCs of several scores of the same subjects, and its 95 % bootstrap interval: (auc, low, high).
+
+    Subjects are resampled within each class, once for all scores. nan without subjects of both classes.
+    """
+    label = _checked(scores[0], label)[1]
+    wins = np.mean([_wins(score[label == 1], score[label == 0]) for score in map(np.asarray, scores)], axis=0)
+    if not wins.size:
+        return np.nan, np.nan, np.nan
+    weight_p, weight_n = _resamples(*wins.shape, seed)
+    draws = np.sum(weight_p @ wins * weight_n, axis=1)
+    return float(wins.mean()), *np.quantile(draws, (0.025, 0.975)).tolist()
+
+
+def _resamples(positive, negative, seed):
+    """How often each subject is drawn, over the class size: a resampled mean is then a product with these weights."""
+    rng = np.random.default_rng(seed)
+    return [rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n for n in (positive, negative)]
+
+
 def fit_threshold(score, label):
     """
     The threshold with the highest balanced accuracy, (sensitivity + specificity) / 2, of `score > threshold`.
@@ -69,9 +89,7 @@ def classify(suvr_train_val, label_train_val, suvr_test, label_test, seed=0):
     result.update({name + end: np.nan for name in ('auc', 'balanced_accuracy') for end in ('', '_ci_low', '_ci_high')})
     if len(positive) and len(negative):
         result.update(auc=auc(score, label), balanced_accuracy=float(0.5 * (hit.mean() + rejected.mean())))
-        # How often each subject is drawn, over the class size: a resampled mean is then a product with these weights.
-        rng = np.random.default_rng(seed)
-        weight_p, weight_n = (rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n for n in (len(hit), len(rejected)))
+        weight_p, weight_n = _resamples(len(hit), len(rejected), seed)
         draws = {'auc': np.sum(weight_p @ _wins(positive, negative) * weight_n, axis=1),
                  'balanced_accuracy': 0.5 * (weight_p @ hit + weight_n @ rejected)}
         for name, values in draws.items():

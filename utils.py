@@ -30,8 +30,8 @@ REMEDY = {number: f'; {text}' for text, numbers in {
     'move away the file that is in the place of a folder': (errno.EEXIST, errno.ENOTDIR),
     'move away the folder that is in the place of this file': (errno.EISDIR,),
     'mend its rights or choose another place': (errno.EACCES, errno.EPERM, errno.EROFS)}.items() for number in numbers}
-OUT_OF_MEMORY = ('out of memory: lower batch_size or eval_batch, set accumulate or checkpointing, or choose a smaller '
-                 'image_size')
+OUT_OF_MEMORY = ('out of memory: set accumulate (the effective batch stays) or checkpointing, lower eval_batch or '
+                 'batch_size, or choose a smaller image_size')
 
 
 class RunError(RuntimeError):

@@ -323,7 +323,8 @@ LIST_FAULTS = {
         's01: .*train.txt names it 2 times',
     ),
     'patient in two lists': (
-        lambda: write_lists('data/data_info', ['s01', 's02'], ['s03'], ['s04'], dict(LABELS, s02='1,p', s04='1,p')),
+        lambda: write_lists('data/data_info', ['s01', 's02'], ['s03'], ['s04'],
+                            dict(s01='0,a', s02='1,p', s03='0,b', s04='1,p')),
         's04: data/data_info/test.txt names it, and data/data_info/train.txt names s02, of the same patient p',
     ),
     'empty split': (

@@ -243,8 +243,24 @@ def test_visits_of_a_patient_stay_together():
     assert lists == {split: dataset.read_split('lists', split) for split in splits.SPLITS}
     with pytest.raises(DataError, match='lists/train.txt.* exists already'):
         splits.make_splits(list(rows), 'lists', '0.7,0.1,0.2')
-    again = splits.make_splits(reversed(list(rows)), 'other', '0.7,0.1,0.2', seed=3)
+    again = splits.make_splits(list(reversed(list(rows))), 'other', '0.7,0.1,0.2', seed=3)
     assert sorted(id for names in again.values() for id in names) == sorted(rows)
+
+
+def test_a_table_of_patients_must_name_them_all():
+    rows = {f'v{i}': f'0,p{i // 2}' for i in range(8)}
+    write_lists('lists', [], [], [], rows)
+    for split in splits.SPLITS:
+        os.remove(f'lists/{split}.txt')
+    with pytest.raises(DataError, match=r'names patients, but has no row for new \(1 subjects in all\)'):
+        splits.make_splits([*rows, 'new'], 'lists', '0.7,0.1,0.2')
+    write_lists('some', ['a'], ['b'], ['c'], dict(a='0,p', b='1,', c='0,q'))
+    with pytest.raises(DataError, match=r'names no patient for b \(1 rows in all\); fill the column for each ID'):
+        dataset.read_split('some', 'train')
+    with open('lists/data_info.csv', 'w', encoding='utf-8') as file:  # another spelling of the columns
+        file.write('id,Patient\n' + ''.join(f'v{i},p{i // 2}\n' for i in range(8)))
+    lists = splits.make_splits(list(rows), 'lists', '0.7,0.1,0.2')
+    assert all(len(names) % 2 == 0 for names in lists.values())
 
 
 @pytest.mark.parametrize('count', range(3, 12))

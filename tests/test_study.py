@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 
 import config
+import status
 import study
 import tables
 import trials
@@ -58,6 +59,7 @@ def figures(tmp_path, monkeypatch):
         table.sample(frac=1, random_state=seed).to_csv(path, index=False)  # in any order
 
     write('stroke/ours', 0, 0)
+    write('stroke/ours', 1, 0)
     write('stroke/regression', 0, -1.5)
     write('stroke/regression', 1, -0.5)
     write('stroke/from_zero', 0, 0)
@@ -75,6 +77,35 @@ def test_tables_average_seeds_within_subjects_and_test_pairs(figures):
     assert regression[1] == '2' and '*' in regression[3] and not any('*' in cell for cell in zero[3:])
     assert ours[3].startswith(f"{figures['dwi_psnr'].mean():.1f} (")
     assert float(regression[3].split('*')[0]) == pytest.approx(figures['dwi_psnr'].mean() - 1, abs=0.06)
+
+
+def test_a_star_needs_the_same_direction_in_each_of_two_seeds_or_the_same_networks(figures):
+    def star(name, shifts):
+        for seed, shift in enumerate(shifts):
+            table = figures.assign(dwi_psnr=figures['dwi_psnr'] + shift)
+            table.to_csv(trials.BY_NAME[name].file(seed, 'test'), index=False)
+        line = next(line for line in tables.table_lines('', 'stroke/ours', [name], 'test')
+                    if line.startswith(f'| {trials.BY_NAME[name].about} '))
+        return '*' in line.split(' | ')[3]
+
+    assert star('stroke/regression_plain', [-2, -1]) and not star('stroke/control', [-3, 1])
+    assert not star('stroke/from_zero', [-3]) and star('stroke/ddim50', [-3])  # trained anew; the same networks
+
+
+def test_auc_is_the_mean_of_the_seeds(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rng, trial = np.random.default_rng(1), trials.BY_NAME['amyloid/ours']
+    trial.file(0, 'test').parent.mkdir(parents=True)
+    truth = np.where(np.arange(40) % 2, 1.4, 1.0)
+    scores = [truth + rng.normal(0, 0.5, 40) for _ in range(2)]
+    for seed, pred in enumerate(scores):
+        pd.DataFrame(dict(ID=[f's{i:02}' for i in range(40)], suvr_true=truth, suvr_pred=pred)).to_csv(
+            trial.file(seed, 'test'), index=False)
+    each = [status.auc(pred, truth > 1.11) for pred in scores]
+    assert status.auc(sum(scores), truth > 1.11) > np.mean(each) + 0.02  # their mean image is a better one
+    cell = tables.auc_cell('amyloid/ours', 'test', {0, 1}, [f's{i:02}' for i in range(40)])
+    found, low, high = (float(x) for x in cell.replace('(', '').replace(')', '').replace('..', '').split())
+    assert found == pytest.approx(np.mean(each), abs=0.006) and low < found < high
 
 
 def test_one_seed_is_tested_against_the_same_seed(figures):

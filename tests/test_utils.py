@@ -93,7 +93,7 @@ def test_errors_for_the_user_are_one_line_and_others_keep_their_traceback():
         found.append(caught.value.code)
     assert found[0] == 'x.csv: No space left on device; free some space and run the same command again'
     assert found[1] == 'train.txt: No such file or directory' and found[2] == 'set it back'
-    assert 'lower batch_size' in found[3] and 'run the same command again' in found[4]
+    assert 'set accumulate' in found[3] and 'run the same command again' in found[4]
     with pytest.raises(ZeroDivisionError):
         utils.cli(lambda: 1 / 0)
 
