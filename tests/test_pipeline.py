@@ -31,7 +31,7 @@ TASKS = dict(
         words=('--preset', 'mri2pet_demo', *COMMON, '--image_size', '(20, 24, 20)', '--aae_channels', '(8, 12, 16)',
                '--latent_channels', '8', '--unet_channels', '(16, 32)', '--cond_channels', '16', '--cond_width', '8',
                '--detail_channels', '(8, 16)', '--regression_channels', '(8, 16)', '--batch_size', '4',
-               '--aae_steps', '60', '--unet_steps', '80', '--post_steps', '40', '--regression_steps', '10',
+               '--aae_steps', '60', '--unet_steps', '80', '--post_steps', '60', '--regression_steps', '10',
                '--detail_lr_scale', '0.9')))
 
 
