@@ -96,7 +96,8 @@ def differs_in_each_seed(reference, name, group, column):
     seeds = sorted(set(files(trial, group)) & set(files(base, group)))
     sides = {np.sign(subjects(trial, group, [s])[column].mean() - subjects(base, group, [s])[column].mean())
              for s in seeds}
-    return len(sides) == 1 and (len(seeds) > 1 or not trial.stages)
+    same_networks = not trial.stages and '--stage' not in trial.infer
+    return len(sides) == 1 and (len(seeds) > 1 or same_networks)
 
 
 def compared(reference, others, group):

@@ -90,6 +90,7 @@ def test_a_star_needs_the_same_direction_in_each_of_two_seeds_or_the_same_networ
 
     assert star('stroke/regression_plain', [-2, -1]) and not star('stroke/control', [-3, 1])
     assert not star('stroke/from_zero', [-3]) and star('stroke/ddim50', [-3])  # trained anew; the same networks
+    assert not star('stroke/stage2_not_mirrored', [-3])  # not trained for this, but other networks
 
 
 def test_auc_is_the_mean_of_the_seeds(tmp_path, monkeypatch):
