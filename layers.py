@@ -12,10 +12,24 @@ from torch.utils.checkpoint import checkpoint
 
 def conv(dims, c_in, c_out, kernel=3, stride=1):
     """A 2D or 3D convolution whose output has the input's size divided by the stride."""
-    return (nn.Conv2d if dims == 2 else nn.Conv3d)(c_in, c_out, kernel, stride, padding=kernel // 2)
+    return (nn.Conv2d if dims == 2 else _Conv3d)(c_in, c_out, kernel, stride, padding=kernel // 2)
 
 
-class _OutConv3d(nn.Conv3d):
+class _Conv3d(nn.Conv3d):
+    """nn.Conv3d, in float32 on a CPU where an axis is shorter than the kernel.
+
+    There oneDNN (PyTorch 2.13, a CPU with avx512_bf16 and without AMX) leaves parts of the bf16 gradient of the weights
+    unwritten: they come out as whatever the memory held.
+    """
+
+    def forward(self, x):
+        if x.device.type != 'cpu' or min(x.shape[2:]) >= self.kernel_size[0]:
+            return super().forward(x)
+        with torch.autocast('cpu', enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+class _OutConv3d(_Conv3d):
     """A 3D convolution to an image of few channels: computed with 8 where oneDNN takes a fifth of the time for them."""
 
     def forward(self, x):
