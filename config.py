@@ -88,6 +88,7 @@ w_adversarial = 1.0              # weight of the adversarial term against 100 x 
 disc_start = 40                  # the discriminator trains from step 0, its loss counts from this step on
 disc_ramp = 40                   # ... and its weight rises over this many steps
 regression = False               # train_unet.py: train the baseline instead, a plain U-Net from source to target
+regression_lr = 5e-4             # its peak learning rate
 regression_channels = (32, 64, 96)  # its widths; with those of detail_channels stage 3 starts from it
 regression_steps = 1500          # its steps
 
@@ -97,6 +98,8 @@ lambda_t = 'constant'            # constant (1) or linear ((T-t)/T): weight of t
 w_diffusion = 0.1                # weight of the diffusion loss in stage 3
 w_image = 0.5                    # weight of the error in the brain mask
 w_lesion = 0.3                   # weight of the error in the lesion
+lesion_head = True               # detail branch, regression: a head decides where the lesion is; False: plain
+w_head = 0.05                    # weight of its cross entropy with the lesion mask
 lesion_floor = 0.1               # l1, l2_l1: a lesion below this share of the mask counts by its size, not fully
 post_last_step_share = 0.95      # last_step_share of stage 3
 detail_lr_scale = 0.5            # a detail branch that starts as the regression U-Net learns at post_lr times this
@@ -120,7 +123,7 @@ out = None                       # output folder for --input
 _MRI2PET_DATA = dict(
     task='mri2pet', source='{root}/whole_MRI/{id}.nii', targets={'suvr': '{root}/whole_Abeta/{id}.nii'},
     mask='{root}/mask/{id}.nii',
-    lesion='{root}/roi/{id}.nii', w_lesion=0, spatial_dims=3, context=0, frames=None, num_classes=2,
+    lesion='{root}/roi/{id}.nii', w_lesion=0, lesion_head=False, spatial_dims=3, context=0, frames=None, num_classes=2,
     scaling={'source': ('quantile', 0.005, 0.995), 'suvr': ('range', 0, 3)}, unit_scale={'source': 1, 'suvr': 1})
 
 PRESETS = {
@@ -131,7 +134,7 @@ PRESETS = {
         spacing=(4, 4, 4), image_size=(40, 48, 40), batch_size=4, eval_batch=4,
         aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
-        regression_channels=(16, 32, 48), regression_steps=900,
+        regression_channels=(16, 32, 48), regression_steps=900, regression_lr=1e-3,
         aae_steps=100, unet_steps=150, post_steps=100, eval_every=150, save_every=150, disc_start=30, disc_ramp=30),
     # Full size, our recipe: LAPT's geometry and scale.
     'ctp2dwi': dict(
@@ -139,7 +142,7 @@ PRESETS = {
         aae_channels=(64, 128, 256), aae_blocks=2, disc_channels=(64, 128),
         unet_channels=(224, 448, 896), unet_attention=(1, 2),
         cond_channels=64, cond_width=64, detail_channels=(64, 128, 256),
-        regression_channels=(64, 128, 256), regression_steps=200000,
+        regression_channels=(64, 128, 256), regression_steps=200000, regression_lr=1e-4,
         aae_steps=100000, unet_steps=200000, post_steps=20000,
         batch_size=16, lr=1e-4, aae_lr=2e-4, post_lr=2e-5, warmup=1000, ema=0.9999, eval_every=5000, save_every=1000,
         disc_start=5000, disc_ramp=5000, shift=8),
@@ -150,7 +153,7 @@ PRESETS = {
         latent_channels=4, aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(128, 128, 256, 512), unet_attention=(3,),
         cond_channels=32, cond_width=16, detail_channels=(16, 32, 64),
-        regression_channels=(16, 32, 64), regression_steps=100000,
+        regression_channels=(16, 32, 64), regression_steps=100000, regression_lr=1e-4,
         aae_steps=50000, unet_steps=100000, post_steps=10000,
         batch_size=1, eval_batch=1, lr=1e-4, aae_lr=2e-4, post_lr=2e-5, warmup=1000, ema=0.9999,
         eval_every=5000, save_every=1000,
@@ -163,13 +166,11 @@ PRESETS = {
         scaling={'source': ('range', 0, 200), 'dwi': ('quantile', 0.005, 0.995), 'adc': ('quantile', 0.005, 0.995)},
         context=0, latent_channels=3, normalise_latents=False, aae_channels=(64, 128, 256), aae_blocks=2,
         disc_channels=(64, 128), unet_channels=(224, 896, 1792), unet_attention=(1, 2), cond_channels=15, cond_width=64,
-        detail_branch=False,
-        predict='eps', schedule='scaled_linear', loss_weight='none', last_step_share=0, label_drop=0,
-        aae_steps=100000, unet_steps=200000, post_steps=20000, batch_size=6,
-        lr=4.8e-5, aae_lr=4.5e-6 * 8, post_lr=1.2e-5, warmup=1,
-        optimizer='adam', ema=0.9999, eval_every=5000, save_every=1000, disc_start=5000, disc_ramp=1,
-        flip=False, shift=0, post_loss='lapt', lambda_t='linear', w_diffusion=1.0, w_image=0.01, w_lesion=0.02,
-        post_last_step_share=0, tune_decoder=False, sampler='ddim', num_steps=50, mirror=False),
+        detail_branch=False, predict='eps', schedule='scaled_linear', last_step_share=0, label_drop=0,
+        aae_steps=100000, unet_steps=200000, post_steps=20000, batch_size=6, lr=4.8e-5,
+        aae_lr=4.5e-6 * 8, post_lr=1.2e-5, warmup=1, optimizer='adam', ema=0.9999, eval_every=5000, save_every=1000,
+        disc_start=5000, disc_ramp=1, flip=False, shift=0, post_loss='lapt', lambda_t='linear', w_diffusion=1.0,
+        w_image=0.01, w_lesion=0.02, post_last_step_share=0, tune_decoder=False, sampler='ddim', mirror=False),
     # Departures of il_cldm: the label is known in training and absent at sampling as published, but through the learned
     # "unknown" embedding; stage 3 does not exist there (post_steps = 0); best checkpoint by psnr alone; 999 steps
     # become T; no norms in the decoder at full resolution.
@@ -178,9 +179,8 @@ PRESETS = {
         spacing=(1, 1, 1), image_size=(160, 192, 160),
         latent_channels=1, normalise_latents=False, aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(128, 128, 256, 512), unet_attention=(3,), cond_channels=1, cond_width=16, detail_branch=False,
-        predict='eps', schedule='linear', loss_weight='none', last_step_share=0, label_drop=0,
-        aae_steps=50000, unet_steps=100000, post_steps=0, batch_size=1, eval_batch=1,
-        lr=1e-4, aae_lr=1e-4, warmup=1, optimizer='adam', ema=0.9999,
+        predict='eps', schedule='linear', last_step_share=0, label_drop=0, aae_steps=50000, unet_steps=100000,
+        post_steps=0, batch_size=1, eval_batch=1, lr=1e-4, aae_lr=1e-4, warmup=1, optimizer='adam', ema=0.9999,
         eval_every=5000, save_every=1000, disc_start=1000, disc_ramp=1, flip=False, shift=0, checkpointing=True,
         sampler='ddpm', num_steps=1000, mirror=False, w_diffusion=1.0, post_last_step_share=0),
 }
@@ -195,9 +195,9 @@ MAY_BE_NONE = dict(init_from=str, mask=str, lesion=str, frames=int, frame_spacin
                    frame_interval=float, crop=tuple, input=str, input_mask=str, out=str)
 ITEMS = dict(targets=(str,), scaling=(tuple, list), unit_scale=(int, float))
 AT_MOST_1 = ('ema', 'last_step_share', 'post_last_step_share', 'label_drop', 'dropout')
-POSITIVE = ('batch_size', 'accumulate', 'lr', 'aae_lr', 'post_lr', 'eval_every', 'save_every', 'num_steps',
-            'samples', 'timesteps', 'latent_channels', 'cond_channels', 'cond_width', 'eval_batch', 'grad_clip',
-            'aae_blocks', 'unet_blocks', 'warmup', 'frame_spacing', 'frame_interval')
+POSITIVE = ('batch_size', 'accumulate', 'lr', 'aae_lr', 'regression_lr', 'post_lr', 'eval_every', 'save_every',
+            'num_steps', 'samples', 'timesteps', 'latent_channels', 'cond_channels', 'cond_width', 'eval_batch',
+            'grad_clip', 'aae_blocks', 'unet_blocks', 'warmup', 'frame_spacing', 'frame_interval')
 
 _NO_SETTING = (types.ModuleType, type, types.FunctionType)
 DEFAULTS = {k: v for k, v in list(globals().items()) if k[0].islower() and not isinstance(v, _NO_SETTING)}

@@ -45,6 +45,17 @@ def region_l2(pred, target, region, voxels=None):
     return error / (pred.shape[1] * (count(region) if voxels is None else voxels)).clamp(min=1)
 
 
+def lesion_cross_entropy(logit, mask, lesion, weight=1.0, voxels=None):
+    """Cross entropy of a lesion head's logit (B, 1, *S) with the lesion mask, mean over the mask's voxels: (B,).
+
+    weight, voxels: of a crop, as post_training_error takes them. Zeros without a head (logit None).
+    """
+    if logit is None:
+        return torch.zeros_like(count(mask))
+    error = F.binary_cross_entropy_with_logits(logit.float(), lesion, reduction='none') * mask * weight
+    return count(error) / (voxels[0] if voxels else count(mask)).clamp(min=1)
+
+
 def lapt_error(pred, target, weight, voxels):
     """LAPT's squared error: sum of weight * (pred - target)^2 over channels and field of view, by a number of voxels.
 

@@ -263,13 +263,18 @@ class PixelUNet(nn.Module):
     the decoded prediction beside it, and at a quarter of the size the latent U-Net's features (B, feature_channels,
     *S/4); it gives back what the latent space lost, pred = g D(z_0_hat) + R(source, D(z_0_hat), features), and starts
     as D(z_0_hat): g (one number a target) at 1 and R at zero.
+
+    With lesion_head the last layer gives two images and a logit: pred = healthy + p * change, p = sigmoid(logit). The
+    logit is trained to tell the lesion (losses.lesion_cross_entropy): what is there is decided, not averaged.
+    forward(..., logit=True) -> (pred, logit (B, 1, *S), or None without lesion_head).
     """
 
     def __init__(self, spatial_dims, source_channels, image_channels, with_image, widths=(32, 64, 96), blocks=1,
-                 feature_channels=0):
+                 feature_channels=0, lesion_head=False):
         super().__init__()
         self.args = dict(spatial_dims=spatial_dims, source_channels=source_channels, image_channels=image_channels,
-                         with_image=with_image, widths=list(widths), blocks=blocks, feature_channels=feature_channels)
+                         with_image=with_image, widths=list(widths), blocks=blocks, feature_channels=feature_channels,
+                         lesion_head=lesion_head)
         dims = spatial_dims
         self.whiten = SourceWhitening(dims, source_channels)
         self.share = nn.Parameter(torch.ones(image_channels)) if with_image else None  # g
@@ -283,13 +288,17 @@ class PixelUNet(nn.Module):
                 self.up.append(nn.Sequential(conv(dims, 2 * w, w), *self.level(dims, i, w, blocks)))
         self.join_at = min(2, len(widths) - 1)  # the level at a quarter of the size, or the coarsest
         self.join = conv(dims, feature_channels, widths[self.join_at], kernel=1) if feature_channels else None
-        self.out = nn.Sequential(nn.ReLU(inplace=True), conv_out(dims, widths[0], image_channels))
+        self.parts = [image_channels, image_channels, 1] if lesion_head else [image_channels]
+        self.out = nn.Sequential(nn.ReLU(inplace=True), conv_out(dims, widths[0], sum(self.parts)))
+        if lesion_head:
+            with torch.no_grad():
+                self.out[-1].bias[-1] = -3  # p = 0.05: a lesion is rare
 
     @staticmethod
     def level(dims, i, w, blocks):
         return [ResBlock(dims, w, w) if i else PlainBlock(dims, w) for _ in range(blocks)]
 
-    def forward(self, source, image=None, features=None):
+    def forward(self, source, image=None, features=None, logit=False):
         x = self.whiten(source)
         x, skips = self.conv_in(x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)), []
         for i, block in enumerate(self.down):
@@ -302,7 +311,12 @@ class PixelUNet(nn.Module):
         for i in reversed(range(len(self.up))):
             x = upsample(self.grow[i](x), skips[i].shape[2:])
             x = self.up[i](torch.cat([x, skips[i]], dim=1))
-        return self.out(x) if image is None else self.out(x) + self.share.view(-1, *[1] * (image.ndim - 2)) * image
+        pred, *more = self.out(x).split(self.parts, dim=1)
+        if more:
+            pred = pred + more[1].float().sigmoid() * more[0]
+        if image is not None:
+            pred = pred + self.share.view(-1, *[1] * (image.ndim - 2)) * image
+        return (pred, more[1] if more else None) if logit else pred
 
     @torch.no_grad()
     def start_from(self, regression):

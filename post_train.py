@@ -2,7 +2,9 @@
 Stage 3: lesion-aware post-training. The U-Net (with the decoder and a detail branch, if asked) is fine-tuned through
 the decoder:
 
-    L = w_diffusion * L_diffusion + lambda_t * (w_image * E_mask + w_lesion * E_lesion),  E: error of D(z_0_hat)
+    L = w_diffusion * L_diffusion + lambda_t * (w_image * E_mask + w_lesion * E_lesion [+ w_head * E_head])
+
+E: error of D(z_0_hat), or of what the detail branch makes of it; E_head: cross entropy of its lesion head.
 
 python post_train.py                                     settings in config.py, results in result/<exp>/
 python post_train.py --exp control --init_from exp_1 --detail_branch False --w_image 0 --w_lesion 0    the control:
@@ -27,12 +29,12 @@ import utils
 from infer import Model, Sampling, checkpoint_path, differing, load_model, translate, validate
 from layers import recompute_blocks
 from model import PixelUNet, count_parameters, fingerprint
-from stage import Stage
+from stage import Stage, needs_lesion
 
-TERMS = ['loss', 'diffusion', 'image', 'lesion', 'grad_norm']
+TERMS = ['loss', 'diffusion', 'image', 'lesion', 'head', 'grad_norm']
 FIXED = ('seed', 'batch_size', 'optimizer', 'post_lr', 'ema', 'flip', 'shift', 'label_drop', 'post_loss', 'lambda_t',
          'w_diffusion', 'w_image', 'w_lesion', 'lesion_floor', 'post_last_step_share', 'tune_decoder', 'detail_branch',
-         'detail_channels', 'detail_lr_scale', 'crop')
+         'detail_channels', 'detail_lr_scale', 'lesion_head', 'w_head', 'crop')
 
 
 def lambda_of(t, timesteps, kind):
@@ -98,9 +100,8 @@ def main():
     train_ids, validation_ids = (dataset.read_split(cfg.data_info, split) for split in ('train', 'validation'))
     model = load_model(cfg, run, 'unet')
     spec = dataset.Spec.from_settings(cfg, **model.prep)
-    if spec.lesion is None and cfg.w_lesion:
-        raise config.SettingError('post-training with w_lesion above 0 needs the lesion template; '
-                                  'set lesion, or --w_lesion 0')
+    needs_lesion(spec, cfg.w_lesion, 'post-training with w_lesion above 0', '--w_lesion 0')
+    needs_lesion(spec, cfg.lesion_head and cfg.detail_branch, 'a lesion head', '--lesion_head False')
     encoder_of, began_as = fingerprint(model.aae), fingerprint(model.unet)
     # LAPT's goal is the reconstruction of stage 1: that of the tuned decoder would follow its errors.
     before = copy.deepcopy(model.aae) if cfg.post_loss == 'lapt' else None
@@ -115,10 +116,11 @@ def main():
     utils.seed_everything(cfg.seed, 'post weights')
     if cfg.detail_branch:
         model.detail = run.place(PixelUNet(spec.spatial_dims, cohort.source_channels, cohort.target_channels, True,
-                                           cfg.detail_channels, feature_channels=model.unet.feature_channels))
+                                           cfg.detail_channels, feature_channels=model.unet.feature_channels,
+                                           lesion_head=cfg.lesion_head))
         regression = checkpoint_path(cfg, 'regression')
         regression = load_model(cfg, run, 'regression') if regression.exists() else None
-        same = ('spatial_dims', 'source_channels', 'image_channels', 'widths', 'blocks')
+        same = ('spatial_dims', 'source_channels', 'image_channels', 'widths', 'blocks', 'lesion_head')
         if (regression and not differing(regression.prep, spec.travel())
                 and all(regression.regression.args[name] == model.detail.args[name] for name in same)):
             model.detail.start_from(regression.regression)
@@ -186,7 +188,7 @@ def main():
         t, eps, label = diffusion.draws(z_0, batch['label'], spec.num_classes, cfg.label_drop, cfg.post_last_step_share)
         lr = utils.lr_at(step, cfg.post_steps, cfg.post_lr, cfg.warmup)
         utils.set_lr(opt, lr)
-        terms = {name: [] for name in ('diffusion', 'image', 'lesion')}
+        parts = []
         arrays = (z_0, t, eps, batch['source'], label, goal, batch['mask'], batch['lesion'])
         for z, tt, e, source, y, target, mask, lesion in zip(*[x.chunk(cfg.accumulate) for x in arrays], strict=True):
             with run.autocast():
@@ -197,20 +199,19 @@ def main():
                     part = dict(weight=weight, voxels=(losses.count(mask), losses.count(lesion)))
                     z_0_hat, features = (cut(x, starts, cfg.crop, factor=4) for x in (z_0_hat, features))
                     source, target, mask, lesion = (cut(x, starts, cfg.crop) for x in (source, target, mask, lesion))
-                pred = model.decode(z_0_hat, source, features).float()
-            e_mask, e_lesion = losses.post_training_error(pred, target, mask, lesion, cfg.post_loss, cfg.lesion_floor,
-                                                          **part)
-            lam = lambda_of(tt, diffusion.timesteps, cfg.lambda_t)
-            for name, value in zip(terms, (loss, lam * e_mask, lam * e_lesion), strict=True):
-                terms[name].append(value)
-            total = cfg.w_diffusion * loss + lam * (cfg.w_image * e_mask + cfg.w_lesion * e_lesion)
+                pred, logit = model.decode(z_0_hat, source, features, logit=True)
+            errors = torch.stack([*losses.post_training_error(pred.float(), target, mask, lesion, cfg.post_loss,
+                                                              cfg.lesion_floor, **part),
+                                  losses.lesion_cross_entropy(logit, mask, lesion, **part)])  # (3, B)
+            errors = lambda_of(tt, diffusion.timesteps, cfg.lambda_t) * errors
+            total = cfg.w_diffusion * loss + cfg.w_image * errors[0] + cfg.w_lesion * errors[1] + cfg.w_head * errors[2]
+            parts.append(torch.stack([total, loss, *errors]))
             run.backward(total.mean() / cfg.accumulate)
         norm = run.update(opt, cfg.grad_clip)
         run.scaler_step()
         ema.update(trained, step)
-        terms = {name: torch.cat(values).detach() for name, values in terms.items()}
-        total = cfg.w_diffusion * terms['diffusion'] + cfg.w_image * terms['image'] + cfg.w_lesion * terms['lesion']
-        stage.record(step, lr, lambda index=batch['index']: cohort.names(index), loss=total, **terms, grad_norm=norm)
+        stage.record(step, lr, lambda index=batch['index']: cohort.names(index),
+                     **dict(zip(TERMS, torch.cat(parts, dim=1), strict=False)), grad_norm=norm)
     stage.close()
 
 

@@ -96,6 +96,12 @@ def git_state():
         return 'git is not installed'
 
 
+def needs_lesion(spec, wanted, what, off):
+    """RunError if `what` needs lesion masks, is wanted and has no template for them; off: words that do without."""
+    if wanted and spec.lesion is None:
+        raise RunError(f'{what} needs the lesion template; set lesion, or {off}')
+
+
 class Stage:
     """The files of one training stage in result/<exp>: lock, log, last_<name> for resuming, best checkpoint, curves.
 

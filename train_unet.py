@@ -19,14 +19,15 @@ from diffusion import Diffusion
 from infer import Model, Sampling, differing, fit_quality, load_aae, translate, validate
 from layers import recompute_blocks
 from model import PixelUNet, UNet, count_parameters, fingerprint, latent_grid
-from stage import Stage
+from stage import Stage, needs_lesion
 
 DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'context', 'frames', 'frame_spacing',
         'frame_interval', 'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'ema', 'seed', 'batch_size',
-        'optimizer', 'lr')
-FIXED = DATA + ('unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout', 'predict',
-                'schedule', 'timesteps', 'loss_weight', 'last_step_share', 'label_drop')
-FIXED_REGRESSION = DATA + ('regression_channels', 'w_image', 'w_lesion', 'lesion_floor')
+        'optimizer')
+FIXED = DATA + ('lr', 'unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout',
+                'predict', 'schedule', 'timesteps', 'loss_weight', 'last_step_share', 'label_drop')
+FIXED_REGRESSION = DATA + ('regression_lr', 'regression_channels', 'w_image', 'w_lesion', 'lesion_floor', 'lesion_head',
+                           'w_head')
 
 
 def train_diffusion(cfg, run, spec, train_ids, validation_ids):
@@ -99,7 +100,11 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
 
 
 def train_regression(cfg, run, spec, train_ids, validation_ids):
-    """The baseline: PixelUNet(source) -> target under the pixel losses of stage 3 (--w_lesion 0: no lesion weight)."""
+    """The baseline: PixelUNet(source) -> target under the pixel losses of stage 3.
+
+    --w_lesion 0: no lesion weight; --lesion_head False: no lesion head, a plain regression.
+    """
+    needs_lesion(spec, cfg.lesion_head, 'a lesion head', '--lesion_head False')
     stage = Stage(run, cfg, 'regression', FIXED_REGRESSION, lists=utils.seed_key(train_ids, validation_ids))
     with stage.main_first():
         # The labels of other splits are never read.
@@ -107,7 +112,8 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
         cohort = dataset.Cohort(spec, train_ids, labels)
     utils.seed_everything(cfg.seed, 'regression weights')
     channels = cohort.source_channels, cohort.target_channels
-    net = run.place(PixelUNet(cfg.spatial_dims, *channels, False, cfg.regression_channels))
+    net = run.place(PixelUNet(cfg.spatial_dims, *channels, False, cfg.regression_channels,
+                              lesion_head=cfg.lesion_head))
     some = run.to_device(cohort.some())
     recompute_blocks(net, cfg.checkpointing)
     net.whiten.start_from(some['source'], some['mask'])
@@ -115,7 +121,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
     run.same_start(net)
     opt, ema = optim.make(cfg.optimizer, [(net, 1)], run.precision), utils.EMA(net, cfg.ema)
     stage.describe(f'regression U-Net {count_parameters(net):,} parameters, {len(cohort)} samples')
-    terms = ['loss', 'image', 'lesion', 'grad_norm']
+    terms = ['loss', 'image', 'lesion', 'head', 'grad_norm']
     if not stage.resume(cfg.regression_steps, terms, metrics.QUICK, len(cohort),
                         net=net, opt=opt, ema=ema, scaler=run.scaler):
         return
@@ -136,24 +142,23 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
 
         utils.seed_everything(cfg.seed, run.rank, step)
         batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, cfg.shift)
-        lr = utils.lr_at(step, cfg.regression_steps, cfg.lr, cfg.warmup)
+        lr = utils.lr_at(step, cfg.regression_steps, cfg.regression_lr, cfg.warmup)
         utils.set_lr(opt, lr)
-        image, region = [], []
+        parts = []
         chunks = [batch[name].chunk(cfg.accumulate) for name in ('source', 'target', 'mask', 'lesion')]
         for source, target, mask, lesion in zip(*chunks, strict=True):
             with run.autocast():
-                pred = net(source).float()
-            e_mask, e_lesion = losses.post_training_error(pred, target, mask, lesion, 'l1', cfg.lesion_floor)
-            image.append(e_mask)
-            region.append(e_lesion)
-            run.backward((cfg.w_image * image[-1] + cfg.w_lesion * region[-1]).mean() / cfg.accumulate)
+                pred, logit = net(source, logit=True)
+            e_mask, e_lesion = losses.post_training_error(pred.float(), target, mask, lesion, 'l1', cfg.lesion_floor)
+            e_head = losses.lesion_cross_entropy(logit, mask, lesion)
+            total = cfg.w_image * e_mask + cfg.w_lesion * e_lesion + cfg.w_head * e_head
+            parts.append(torch.stack([total, e_mask, e_lesion, e_head]))
+            run.backward(total.mean() / cfg.accumulate)
         norm = run.update(opt, cfg.grad_clip)
         run.scaler_step()
         ema.update(net, step)
-        image, region = torch.cat(image), torch.cat(region)
-        total = cfg.w_image * image + cfg.w_lesion * region
-        stage.record(step, lr, lambda index=batch['index']: cohort.names(index), loss=total,
-                     image=image, lesion=region, grad_norm=norm)
+        stage.record(step, lr, lambda index=batch['index']: cohort.names(index),
+                     **dict(zip(terms, torch.cat(parts, dim=1), strict=False)), grad_norm=norm)
     stage.close()
 
 

@@ -29,10 +29,15 @@ class Model:
     stage: str = 'aae'       # aae, unet, post or regression
     origin: str = ''         # which checkpoint, for people
 
-    def decode(self, z_0, source, features):
-        """Latents (B, c, *s), source (B, C, *S), the U-Net's features -> images (B, K, *S): D(z_0), or g D(z_0) + R."""
+    def decode(self, z_0, source, features, logit=False):
+        """Latents (B, c, *s), source (B, C, *S), the U-Net's features -> images (B, K, *S): D(z_0), or g D(z_0) + R.
+
+        With logit=True (images, the lesion head's logit, or None without one).
+        """
         pred = self.aae.decode(z_0)
-        return pred if self.detail is None else self.detail(source, pred, features)
+        if self.detail is None:
+            return (pred, None) if logit else pred
+        return self.detail(source, pred, features, logit)
 
     def eval(self):
         for net in (self.aae, self.unet, self.detail, self.regression):

@@ -1,4 +1,5 @@
 """Losses by hand, empty regions, and that the two sides of the adversarial game leave each other's gradients alone."""
+import math
 import sys
 
 import made_data
@@ -32,6 +33,16 @@ def test_hinge_losses_by_hand():
     assert float(losses.hinge_discriminator(real, fake)) == pytest.approx(0.5 * (2.5 / 4 + 3.5 / 4))
     assert float(losses.hinge_generator(fake)) == pytest.approx(1.5 / 4)
     assert losses.hinge_generator(fake.repeat(3, 1, 1, 1)).shape == (3,)
+
+
+def test_lesion_cross_entropy_by_hand():
+    logit = image([0, 2, -1, 9])
+    by_hand = (math.log(2) + math.log(1 + math.exp(2)) + math.log(1 + math.exp(1))) / 3  # lesion: first and third voxel
+    assert float(losses.lesion_cross_entropy(logit, MASK, LESION)) == pytest.approx(by_hand, rel=1e-5)
+    half = losses.lesion_cross_entropy(logit, MASK, LESION, weight=0.5, voxels=(torch.tensor([6.0]), None))
+    assert float(half) == pytest.approx(by_hand * 3 * 0.5 / 6, rel=1e-5)
+    assert float(losses.lesion_cross_entropy(logit, EMPTY, EMPTY)) == 0
+    assert losses.lesion_cross_entropy(None, MASK.repeat(2, 1, 1, 1), None).tolist() == [0, 0]
 
 
 def test_region_l1_by_hand():
