@@ -72,7 +72,7 @@ label_drop = 0.3                 # probability that a label is replaced by "unkn
 # Training
 aae_steps = 120                  # optimiser steps of stage 1
 unet_steps = 120                 # of stage 2
-post_steps = 300                 # of stage 3
+post_steps = 150                 # of stage 3
 batch_size = 16                  # samples a step and process; lower it when memory runs out
 accumulate = 1                   # gradient accumulation: steps of batch_size / accumulate samples at a time
 optimizer = 'muon'               # muon (convolution kernels; AdamW for the rest) or adam
@@ -82,7 +82,7 @@ post_lr = 5e-4                   # of stage 3
 warmup = 50                      # steps of linear warm-up
 grad_clip = 1.0                  # largest norm of the gradient
 ema = 0.999                      # decay of the weight average, reached gradually
-eval_every = 250                 # steps between validations
+eval_every = 500                 # steps between validations
 save_every = 250                 # steps between saves for resuming
 w_adversarial = 1.0              # weight of the adversarial term against 100 x L1; 0 switches the discriminator off
 disc_start = 40                  # the discriminator trains from step 0, its loss counts from this step on
@@ -90,7 +90,7 @@ disc_ramp = 40                   # ... and its weight rises over this many steps
 regression = False               # train_unet.py: train the baseline instead, a plain U-Net from source to target
 regression_lr = 5e-4             # its peak learning rate
 regression_channels = (32, 64, 96)  # its widths; with those of detail_channels stage 3 starts from it
-regression_steps = 1500          # its steps
+regression_steps = 1900          # its steps
 
 # Post-training
 post_loss = 'l1'                 # l1; l2_l1: squared error in the mask, L1 in the lesion; lapt: LAPT's, see losses.py

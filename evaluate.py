@@ -43,6 +43,7 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
                 else:
                     row |= metrics.subject_row(image, truth, mask, lesion, subject.spacing, ranges, spec.task,
                                                axis=subject.axial_axis, physical=volume.in_units(spec.scaling))
+                    row |= lesion_head_row(lesion_map(subject, pred), mask, lesion, subject.spacing)
                 if intervals:
                     spread = std_maps(subject, std, spec)
                     for name, fit in intervals.items():
@@ -78,6 +79,29 @@ def std_maps(subject, std, spec):
         if std is not None:
             maps[name] = subject.to_native_raw(std[:, k:k + 1]) * (hi - lo) / 2 * subject.native_mask
     return maps
+
+
+def lesion_map(subject, pred):
+    """The probability of a lesion (X, Y, Z), 0 outside the mask, from a prediction with K + 1 channels; None of K."""
+    if pred.shape[1] == len(subject.spec.target_names):
+        return None
+    return np.clip(subject.to_native_raw(pred[:, -1:]), 0, 1) * subject.native_mask
+
+
+def lesion_head_row(probability, mask, lesion, spacing):
+    """
+    Figures of a lesion head's map (X, Y, Z), 0..1, against the lesion mask; {} without a map or a lesion mask.
+
+      lesion_head_dice    of probability > 0.5 with the lesion; both empty counts 1, one empty 0
+      lesion_head_ml      the lesion's expected volume: the sum of the probabilities
+      lesion_head_avd_ml  |expected volume - volume of the lesion|
+    """
+    if probability is None or lesion is None:
+        return {}
+    voxel_ml, lesion = float(np.prod(spacing)) / 1000, np.asarray(lesion, bool) & mask
+    expected, volume = float(probability[mask].sum()) * voxel_ml, np.count_nonzero(lesion) * voxel_ml
+    return dict(lesion_head_dice=metrics.dice((probability > 0.5) & mask, lesion), lesion_head_ml=expected,
+                lesion_head_avd_ml=abs(expected - volume))
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -24,9 +24,21 @@ import config
 import dataset
 import metrics
 import utils
-from evaluate import amyloid_status, check_source, evaluate, fit_intervals, fit_quality, mri_volumes, std_maps, validate
+from evaluate import (
+    amyloid_status,
+    check_source,
+    evaluate,
+    fit_intervals,
+    fit_quality,
+    lesion_map,
+    mri_volumes,
+    std_maps,
+    validate,
+)
 from model import fingerprint
 from translate import Model, Sampling, checkpoint_path, differing, load_aae, load_model, mean_prediction, translate
+
+LESION_MAP = 'lesion_probability.nii.gz'
 
 # What the training scripts take from here: validation is inference by construction.
 __all__ = ['Model', 'Sampling', 'checkpoint_path', 'differing', 'load_aae', 'load_model', 'translate', 'evaluate',
@@ -37,8 +49,11 @@ __all__ = ['Model', 'Sampling', 'checkpoint_path', 'differing', 'load_aae', 'loa
 # Writing
 
 def write_prediction(folder, subject, pred, std, spec, record):
-    """<target>.nii.gz, <target>_std.nii.gz and prediction.json of one subject."""
+    """<target>.nii.gz, <target>_std.nii.gz, lesion_probability.nii.gz and prediction.json of one subject."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / LESION_MAP).unlink(missing_ok=True)  # an earlier one's
+    if (probability := lesion_map(subject, pred)) is not None:
+        dataset.write_volume(folder / LESION_MAP, probability, subject)
     for name, image in subject.to_native(pred).items():
         dataset.write_volume(folder / f'{name}.nii.gz', image, subject)
         (folder / f'{name}_std.nii.gz').unlink(missing_ok=True)  # an earlier one's

@@ -143,6 +143,7 @@ class Subject:
 
         In physical units, clipped to the scaling range: 'median' gives multiples of the median, 'quantile' 0..1.
         """
+        pred = pred[:, :len(self.spec.target_names)]  # without a lesion head's probability
         pred, mask = (_as_volume(x, self.spec.spatial_dims) for x in (pred, self.mask))
         native, share = grids.onto_inside(pred, mask[0] > 0.5, self.grid[1], self.affine, self.shape)
         grids.fill_nearest(native, share[0] > 0.01, self.native_mask)  # the mask's rim, rounded away on a coarser grid

@@ -152,6 +152,8 @@ def starting_noise(key, shape, k, device):
 def translate(run, model, source, key, how, label=None):
     """Translate the items of one subject: pred (N, K, *S), std (N, K, *S) or None, as scaled, from its Subject.stacked.
 
+    With a lesion head they have one channel more: the probability of a lesion, 0..1.
+
     All slices start from the same noise, keyed by `key` = subject ID. how.samples latents are averaged before decoding;
     std is over the decoded samples. how.mirror: all of it once more for the mirrored source, and the mean of both
     images. label: class number, or None for unknown. ValueError if one_step is asked of an eps network.
@@ -172,12 +174,17 @@ def translate(run, model, source, key, how, label=None):
 def _translate_items(model, source, key, how, label):
     """Source (n, C, *S) -> (1, n, K, *S), the prediction; with how.samples = m > 1 the m decoded samples follow it."""
     if model.regression is not None:
-        return model.regression(source).float()[None]
+        return with_probability(*model.regression(source, logit=True))[None]
     cond = model.unet.encode_source(source)
     samples = [_sample_latents(model, source, cond, key, k, how, label) for k in range(how.samples)]
     mean = [torch.stack(parts).mean(0) for parts in zip(*samples, strict=True)]
     images = [mean, *samples] if how.samples > 1 else [mean]
-    return torch.stack([model.decode(z_0, source, features).float() for z_0, features in images])
+    return torch.stack([with_probability(*model.decode(z_0, source, features, logit=True)) for z_0, features in images])
+
+
+def with_probability(pred, logit):
+    """Images (n, K, *S) float32 and, where there is a lesion head, the probability as channel K + 1."""
+    return pred.float() if logit is None else torch.cat([pred.float(), logit.float().sigmoid()], dim=1)
 
 
 def _sample_latents(model, source, cond, key, k, how, label):

@@ -43,8 +43,9 @@ AAE, UNET, POST = 'train_aae.py', 'train_unet.py', 'post_train.py'
 REGRESSION = f'{UNET} --regression True'
 ALL, THREE = (AAE, UNET, f'{REGRESSION} --w_lesion 0', POST), (0, 1, 2)
 BOTH, MORE, VALIDATION = ('test', 'shifted'), ('test', 'shifted', 'validation'), ('validation',)
-LATENT = f'{POST} --detail_branch False'
-PLAIN = f'{REGRESSION} --regression_steps 2600 --w_lesion 0'
+LATENT = f'{POST} --detail_branch False --post_steps 300'
+LONG = f'{REGRESSION} --regression_steps 2600'
+PLAIN = f'{LONG} --w_lesion 0 --lesion_head False'
 LAPT_LOSS = '--post_loss lapt --w_diffusion 1 --w_image 0.01 --w_lesion 0.02'
 LAPT = '--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam --context 0'
 ILCLDM = ('--predict eps --schedule linear --normalise_latents False --last_step_share 0 --latent_channels 1 '
@@ -52,27 +53,38 @@ ILCLDM = ('--predict eps --schedule linear --normalise_latents False --last_step
 MONAI = 'monai_ldm.py --cpu_seconds 700 --only_validation'  # with a Python that has MONAI
 DDIM = '--sampler ddim --num_steps 50'
 PAPER_DDIM = f'{DDIM} --mirror False'
-STEPS_HALF = '--aae_steps 60', '--unet_steps 60', '--regression_steps 750', '--post_steps 150'
-STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000', '--post_steps 600'
+STEPS_HALF = '--aae_steps 60', '--unet_steps 60', '--regression_steps 950', '--post_steps 75'
+STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3800', '--post_steps 300'
 
 TRIALS = [
     # Stroke. The rivals have the time of all of our stages.
     Trial('stroke/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=MORE),
     Trial('stroke/regression', 'regression U-Net on the image grid, the same lesion weight, equal time',
-          (f'{REGRESSION} --regression_steps 2600',), 'stroke/ours', '--stage regression', THREE, BOTH),
-    Trial('stroke/l2_l1', 'ours with squared error in the mask (post_loss l2_l1)',
-          (*ALL[:3], f'{POST} --post_loss l2_l1'), seeds=THREE, sets=MORE),
+          (f'{LONG} --lesion_head False',), 'stroke/ours', '--stage regression', THREE, MORE),
+    Trial('stroke/regression_head', 'the same with our lesion head', (LONG,), 'stroke/ours', '--stage regression',
+          THREE, MORE),
+    Trial('stroke/no_head', 'ours without lesion head',
+          (f'{REGRESSION} --w_lesion 0 --lesion_head False', f'{POST} --lesion_head False'), 'stroke/ours', seeds=THREE,
+          sets=MORE),
+    Trial('stroke/l2_l1', 'ours with squared error in the mask (post_loss l2_l1)', (f'{POST} --post_loss l2_l1',),
+          'stroke/ours', seeds=THREE, sets=MORE),
     Trial('stroke/control', 'latent network trained on as long with w_image = w_lesion = 0',
           (f'{LATENT} --w_image 0 --w_lesion 0',), 'stroke/ours', seeds=THREE, sets=BOTH),
     Trial('stroke/stage2', 'the latent network before post-training', (), 'stroke/ours', '--stage unet', THREE, BOTH),
-    Trial('stroke/start', 'the plain regression that stage 3 starts from', (), 'stroke/ours', '--stage regression',
-          THREE, BOTH),
+    Trial('stroke/start', 'the regression with lesion head that stage 3 starts from', (), 'stroke/ours',
+          '--stage regression', THREE, MORE),
     Trial('stroke/no_detail', 'post-training without detail branch', (LATENT,), 'stroke/ours', seeds=THREE),
     Trial('stroke/regression_plain', 'regression U-Net on the image grid, no lesion weight, equal time',
           (PLAIN,), 'stroke/ours', '--stage regression', THREE, MORE),
     Trial('stroke/regression_simple', 'the same, single slices, AdamW, not mirrored',
-          (f'{REGRESSION} --regression_steps 2600 --w_lesion 0 --context 0 --optimizer adam --lr 2e-3',),
-          'stroke/ours', '--stage regression --mirror False'),
+          (f'{PLAIN} --context 0 --optimizer adam --regression_lr 2e-3',), 'stroke/ours',
+          '--stage regression --mirror False', sets=('test', 'validation')),
+    Trial('stroke/regression_simple_1e3', 'the same at a rate of 1e-3',
+          (f'{PLAIN} --context 0 --optimizer adam --regression_lr 1e-3',), 'stroke/ours',
+          '--stage regression --mirror False', sets=VALIDATION),
+    Trial('stroke/regression_simple_4e3', 'the same at a rate of 4e-3',
+          (f'{PLAIN} --context 0 --optimizer adam --regression_lr 4e-3',), 'stroke/ours',
+          '--stage regression --mirror False', sets=VALIDATION),
     Trial('stroke/lapt_loss', "without detail branch, LAPT's loss and weights", (f'{LATENT} {LAPT_LOSS}',),
           'stroke/ours'),
     Trial('stroke/ddim50', '50 DDIM steps', (), 'stroke/ours', DDIM),
@@ -122,11 +134,18 @@ TRIALS = [
     Trial('stroke/detail_lr_quarter_weight_05', 'ours, a quarter of it for the detail branch, w_lesion 0.5',
           (f'{POST} --detail_lr_scale 0.25 --w_lesion 0.5',), 'stroke/ours', sets=VALIDATION),
     Trial('stroke/from_weighted', 'ours, from a regression with the lesion weight', (REGRESSION, POST), 'stroke/ours',
-          sets=VALIDATION),
-    Trial('stroke/regression_lr_half', 'plain regression, half the learning rate', (f'{PLAIN} --lr 5e-4',),
+          seeds=THREE, sets=MORE),
+    Trial('stroke/more_stage_3', 'ours, 1500 steps of regression and 300 of stage 3',
+          (f'{REGRESSION} --w_lesion 0 --regression_steps 1500', f'{POST} --post_steps 300'), 'stroke/ours',
+          seeds=THREE, sets=MORE),
+    Trial('stroke/regression_lr_low', 'plain regression, a learning rate of 3e-4', (f'{PLAIN} --regression_lr 3e-4',),
           'stroke/ours', '--stage regression', sets=VALIDATION),
-    Trial('stroke/regression_lr_double', 'plain regression, twice the learning rate', (f'{PLAIN} --lr 2e-3',),
-          'stroke/ours', '--stage regression', sets=VALIDATION),
+    Trial('stroke/regression_lr_high', 'plain regression, a learning rate of 1e-3',
+          (f'{PLAIN} --regression_lr 1e-3',), 'stroke/ours', '--stage regression', sets=VALIDATION),
+    Trial('stroke/weighted_lr_low', 'weighted regression, a learning rate of 3e-4',
+          (f'{LONG} --lesion_head False --regression_lr 3e-4',), 'stroke/ours', '--stage regression', sets=VALIDATION),
+    Trial('stroke/weighted_lr_high', 'weighted regression, a learning rate of 1e-3',
+          (f'{LONG} --lesion_head False --regression_lr 1e-3',), 'stroke/ours', '--stage regression', sets=VALIDATION),
 
     # Amyloid.
     Trial('amyloid/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=MORE),

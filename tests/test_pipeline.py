@@ -89,7 +89,12 @@ def test_every_file_of_the_contract_is_there(trained):
     assert [row['ID'] for row in table(folder / 'test.csv')] == ids('test')
     for id in ids('test'):
         found = {p.name for p in (folder / 'pred' / id).iterdir()}
-        assert found == {f'{name}.nii.gz' for name in settings['targets']} | {'prediction.json'}
+        head = {'lesion_probability.nii.gz'} if task == 'ctp2dwi' else set()
+        assert found == {f'{name}.nii.gz' for name in settings['targets']} | {'prediction.json'} | head
+        if head:
+            inside = np.asanyarray(nib.load(mask(task, id)).dataobj) > 0
+            image = nib.load(folder / 'pred' / id / 'lesion_probability.nii.gz').get_fdata()
+            assert 0 <= image.min() and image.max() <= 1 and np.ptp(image[inside]) > 0 and not image[~inside].any()
         record = json.loads((folder / 'pred' / id / 'prediction.json').read_text())
         assert record['id'] == id and record['sampler'] == 'one_step' and 'Unet_post' in record['checkpoint']
         assert (record['seed'], record['label'], set(record['units'])) == (0, 'unknown', set(settings['targets']))
