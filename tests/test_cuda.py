@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import optim
 import timing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
@@ -81,9 +82,15 @@ def test_every_stage_trains_in_half_precision_and_resumes(task, precision):
     assert all(np.isfinite(image).all() for image in images(exp, targets).values())
 
 
-def test_training_on_the_gpu_follows_training_on_the_cpu():
+def descent(kind, nets, precision=''):
+    """Plain gradient descent in place of Muon and AdamW, which blow up the rounding of tiny gradients."""
+    return torch.optim.SGD([dict(params=list(net.parameters()), lr_scale=scale) for net, scale in nets], lr=0.0)
+
+
+def test_training_on_the_gpu_follows_training_on_the_cpu(monkeypatch):
     """The same draws and weights: after a few steps in fp32 the losses differ by rounding only."""
-    words, exp, _ = TASKS['stroke']
+    monkeypatch.setattr(optim, 'make', descent)
+    words = (*TASKS['stroke'][0], '--aae_lr', '0.002', '--regression_lr', '0.2')
     make_data('stroke')
     curves = {}
     for device in ('cuda', 'cpu'):
@@ -96,7 +103,7 @@ def test_training_on_the_gpu_follows_training_on_the_cpu():
         assert len(ours) == len(theirs) == 5
         for a, b in zip(ours, theirs, strict=True):
             for key in set(a) - {'seconds'}:
-                assert math.isclose(float(a[key]), float(b[key]), rel_tol=0.02, abs_tol=1e-4), (key, a, b)
+                assert math.isclose(float(a[key]), float(b[key]), rel_tol=0.01, abs_tol=1e-4), (key, a, b)
 
 
 def test_torchrun_on_the_gpu():

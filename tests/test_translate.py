@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import utils
 from diffusion import Diffusion
 from model import AAE, PixelUNet, UNet
@@ -17,8 +18,8 @@ def model(dims, kind):
     torch.manual_seed(0)
     regression = PixelUNet(dims, 3, 2, False, (8, 8))
     unet = UNet(dims, 4, 3, (8, 16), 1, (), 4, 8)
-    detail = PixelUNet(dims, 3, 2, True, (8, 8), feature_channels=unet.feature_channels)
-    found = Model(AAE(dims, 2, 4, (8, 8, 8)), unet, Diffusion(), detail if kind == 'detail' else None,
+    detail = PixelUNet(dims, 3, 2, True, (8, 8), feature_channels=unet.feature_channels, lesion_head=kind == 'head')
+    found = Model(AAE(dims, 2, 4, (8, 8, 8)), unet, Diffusion(), detail if kind in ('detail', 'head') else None,
                   regression if kind == 'regression' else None)
     for net in (found.aae, unet, detail, regression):
         for p in net.parameters():  # the layers that start at zero, too
@@ -27,7 +28,8 @@ def model(dims, kind):
 
 
 @pytest.mark.parametrize('dims', [2, 3])
-@pytest.mark.parametrize('kind, samples', [('regression', 1), ('latent', 1), ('detail', 1), ('detail', 3)])
+@pytest.mark.parametrize('kind, samples', [('regression', 1), ('latent', 1), ('detail', 1), ('detail', 3),
+                                           ('head', 1), ('head', 3)])
 def test_the_mean_with_the_mirrored_source_is_symmetric(dims, kind, samples):
     """Mirrored source, mirrored prediction and std: exactly so with `mirror`, far from it without."""
     net, run = model(dims, kind), utils.Run('cpu', 'fp32')
@@ -43,6 +45,23 @@ def test_the_mean_with_the_mirrored_source_is_symmetric(dims, kind, samples):
     assert not np.allclose(plain[0][:, :, ::-1], mirrored[0], atol=1e-2)
     assert np.allclose(images(True)[0][0], (plain[0] + mirrored[0][:, :, ::-1]) / 2, atol=1e-4)
     assert (plain[1] is None) == (samples == 1 or kind == 'regression')
+    assert plain[0].shape[1] == 2 + (kind == 'head')  # the probability of a lesion as a further channel
+    if kind == 'head':
+        assert 0 <= plain[0][:, 2].min() < plain[0][:, 2].max() <= 1
+
+
+def test_figures_of_the_lesion_head_by_hand():
+    mask = np.zeros((4, 4, 2), bool)
+    mask[:3] = True
+    lesion, probability = np.zeros((2, *mask.shape))
+    lesion[0, :2] = lesion[3] = 1                        # 4 voxels in the mask; what lies outside does not count
+    probability[0, :3], probability[2], probability[3] = 0.75, 0.25, 1.0
+    row = evaluate.lesion_head_row(probability, mask, lesion, (10, 10, 5))  # 0.5 ml a voxel
+    assert row['lesion_head_dice'] == pytest.approx(2 * 4 / (6 + 4))
+    assert row['lesion_head_ml'] == pytest.approx(0.5 * (6 * 0.75 + 8 * 0.25))
+    assert row['lesion_head_avd_ml'] == pytest.approx(abs(3.25 - 2))
+    assert evaluate.lesion_head_row(None, mask, lesion, (1, 1, 1)) == {}
+    assert evaluate.lesion_head_row(probability, mask, None, (1, 1, 1)) == {}
 
 
 def test_a_checkpoint_that_knows_no_context_saw_single_slices(tmp_path):
