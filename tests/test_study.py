@@ -62,7 +62,7 @@ def figures(tmp_path, monkeypatch):
     write('stroke/ours', 1, 0)
     write('stroke/regression', 0, -1.5)
     write('stroke/regression', 1, -0.5)
-    write('stroke/regression_simple', 0, 0)
+    write('stroke/lapt_loss', 0, 0)
     return base
 
 
@@ -71,7 +71,7 @@ def test_tables_average_seeds_within_subjects_and_test_pairs(figures):
     assert list(table['ID']) == list(figures['ID'])
     np.testing.assert_allclose(table['dwi_psnr'], figures['dwi_psnr'] - 1)
     lines = tables.table_lines('Recipes', 'stroke/ours',
-                               ['stroke/regression', 'stroke/regression_simple', 'stroke/lapt'], 'test')
+                               ['stroke/regression', 'stroke/lapt_loss', 'stroke/lapt'], 'test')
     ours, regression, zero = [line.split(' | ') for line in lines if line.startswith('| ') and 'seeds' not in line][1:]
     assert len(lines) == 8 and '20 subjects' in lines[0]  # what is not done is left out
     assert regression[1] == '2' and '*' in regression[3] and not any('*' in cell for cell in zero[3:])
@@ -89,7 +89,7 @@ def test_a_star_needs_the_same_direction_in_each_of_two_seeds_or_the_same_networ
         return '*' in line.split(' | ')[3]
 
     assert star('stroke/regression_plain', [-2, -1]) and not star('stroke/control', [-3, 1])
-    assert not star('stroke/regression_simple', [-3]) and star('stroke/ddim50', [-3])  # trained anew; the same networks
+    assert not star('stroke/lapt_loss', [-3]) and star('stroke/ddim50', [-3])  # trained anew; the same networks
     assert not star('stroke/stage2_not_mirrored', [-3])  # not trained for this, but other networks
 
 
@@ -113,13 +113,13 @@ def test_one_seed_is_tested_against_the_same_seed(figures):
     # A second seed of ours lies 3 dB lower: their mean is no measure for a control of the first seed alone.
     lower = pd.read_csv(trials.BY_NAME['stroke/ours'].file(0, 'test')).assign(dwi_psnr=lambda t: t['dwi_psnr'] - 3)
     lower.to_csv(trials.BY_NAME['stroke/ours'].file(1, 'test'), index=False)
-    lines, seeds, p = tables.compared('stroke/ours', ['stroke/regression_simple'], 'test')
-    assert seeds == {'stroke/ours': {0}, 'stroke/regression_simple': {0}} and not p['dwi_psnr', 'stroke/regression_simple'] < 1
+    lines, seeds, p = tables.compared('stroke/ours', ['stroke/lapt_loss'], 'test')
+    assert seeds == {'stroke/ours': {0}, 'stroke/lapt_loss': {0}} and not p['dwi_psnr', 'stroke/lapt_loss'] < 1
     np.testing.assert_allclose(lines['stroke/ours']['dwi_psnr'], figures['dwi_psnr'])
-    lines, seeds, p = tables.compared('stroke/ours', ['stroke/regression', 'stroke/regression_simple'], 'test')
-    assert seeds['stroke/ours'] == seeds['stroke/regression'] == {0, 1} and seeds['stroke/regression_simple'] == {0}
+    lines, seeds, p = tables.compared('stroke/ours', ['stroke/regression', 'stroke/lapt_loss'], 'test')
+    assert seeds['stroke/ours'] == seeds['stroke/regression'] == {0, 1} and seeds['stroke/lapt_loss'] == {0}
     np.testing.assert_allclose(lines['stroke/ours']['dwi_psnr'], figures['dwi_psnr'] - 1.5)
-    assert not p['dwi_psnr', 'stroke/regression_simple'] < 1 and p['dwi_psnr', 'stroke/regression'] < 0.05  # 0.5 dB above
+    assert not p['dwi_psnr', 'stroke/lapt_loss'] < 1 and p['dwi_psnr', 'stroke/regression'] < 0.05  # 0.5 dB above
 
 
 def test_a_table_of_the_first_subjects_takes_theirs_from_the_whole_set(figures):
@@ -161,7 +161,7 @@ def test_a_trial_on_few_subjects_takes_the_first_ones(tmp_path, monkeypatch):
 
 
 def test_a_trial_is_done_once_all_its_sets_are(figures):
-    ours, regression = trials.BY_NAME['stroke/ours'], trials.BY_NAME['stroke/regression_simple']
+    ours, regression = trials.BY_NAME['stroke/ours'], trials.BY_NAME['stroke/lapt_loss']
     assert not study.is_done(ours, 0) and study.is_done(regression, 0)  # ours has two sets
 
 
