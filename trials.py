@@ -53,9 +53,9 @@ ILCLDM = ('--predict eps --schedule linear --normalise_latents False --last_step
 MONAI = 'monai_ldm.py --cpu_seconds 700 --only_validation'  # with a Python that has MONAI
 DDIM = '--sampler ddim --num_steps 50'
 PAPER_DDIM = f'{DDIM} --mirror False'
-OLD_START = f'{REGRESSION} --w_lesion 0 --lesion_head False --regression_lr 1e-3 --regression_steps 1500'
+OLD_REGRESSION = f'{REGRESSION} --lesion_head False --regression_lr 1e-3 --regression_steps 1500'
 BEFORE = f'{POST} --lesion_head False --post_steps 300'
-EARLIER = AAE, UNET, OLD_START, BEFORE
+EARLIER = AAE, UNET, f'{OLD_REGRESSION} --w_lesion 0', BEFORE
 STEPS_HALF = '--aae_steps 60', '--unet_steps 60', '--regression_steps 750', '--post_steps 150'
 STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000', '--post_steps 600'
 
@@ -114,7 +114,7 @@ TRIALS = [
     Trial('stroke/weight_05', 'w_lesion 0.5', (f'{BEFORE} --w_lesion 0.5',), 'stroke/earlier',
           sets=('test', 'validation')),
     Trial('stroke/weight_1', 'w_lesion 1', (f'{BEFORE} --w_lesion 1',), 'stroke/earlier'),
-    Trial('stroke/from_weighted', 'from a regression with the lesion weight', (f'{OLD_START} --w_lesion 0.3', BEFORE),
+    Trial('stroke/from_weighted', 'from a regression with the lesion weight', (OLD_REGRESSION, BEFORE),
           'stroke/earlier', sets=VALIDATION),
     Trial('stroke/ddim2', '2 DDIM steps', (), 'stroke/earlier', '--sampler ddim --num_steps 2'),
     Trial('stroke/ddim5', '5 DDIM steps', (), 'stroke/earlier', '--sampler ddim --num_steps 5'),
