@@ -285,6 +285,7 @@ STAGES = [
           prepare=lambda: Path('result/exp_1/log.txt').write_text('x' * 12287)),
     Fault('a full disk under config.json', f'post_train.py $TINY {NEW}', limit=1),
     Fault('a lesion weight without lesions', f"post_train.py $TINY {NEW} --lesion None"),
+    Fault('a lesion head without lesions', f'train_unet.py $TINY {NEW} --regression True --lesion None'),
     Fault('Ctrl-C', f'train_unet.py $TINY {NEW}', before=INTERRUPT),
     Fault('too little memory', f'train_unet.py $TINY {NEW}', before=NO_MEMORY),
 ]
