@@ -138,13 +138,12 @@ class Subject:
         return int(np.flatnonzero(nib.io_orientation(self.affine)[:, 0] == 2)[0])
 
     def to_native(self, pred):
-        """
-        pred (N, K, *S) in [-1, 1] -> dict target -> (X, Y, Z) float32 on the native grid, 0 outside the mask.
+        """pred (N, K, *S) in [-1, 1] -> dict target -> (X, Y, Z) float32 on the native grid, 0 outside the mask.
 
         In physical units, clipped to the scaling range: 'median' gives multiples of the median, 'quantile' 0..1.
         """
-        pred = pred[:, :len(self.spec.target_names)]  # without a lesion head's probability
-        pred, mask = (_as_volume(x, self.spec.spatial_dims) for x in (pred, self.mask))
+        images = pred[:, :len(self.spec.target_names)]  # without a lesion head's probability
+        pred, mask = (_as_volume(x, self.spec.spatial_dims) for x in (images, self.mask))
         native, share = grids.onto_inside(pred, mask[0] > 0.5, self.grid[1], self.affine, self.shape)
         grids.fill_nearest(native, share[0] > 0.01, self.native_mask)  # the mask's rim, rounded away on a coarser grid
         return {name: np.where(self.native_mask, vol.unscale(image, self.spec.scaling[name]), np.float32(0))
