@@ -44,7 +44,8 @@ for words in json.loads(sys.argv[2]):
 if utils.dist.is_initialized(): utils.dist.destroy_process_group()
 '''
 WORDS = (*made_runs.STROKE, *made_runs.steps(4), '--precision', 'fp32', '--flip', 'False', '--shift', '0',
-         '--lr', '0.2', '--post_lr', '0.2', '--aae_lr', '0.002', '--label_drop', '0.0', '--eval_batch', '2')
+         '--lr', '0.2', '--post_lr', '0.2', '--regression_lr', '0.2', '--aae_lr', '0.002', '--label_drop', '0.0',
+         '--eval_batch', '2')
 SCRIPTS = dict(aae=('train_aae',), unet=('train_unet',), post=('post_train',),
                regression=('train_unet', '--regression', 'True'), infer=('infer',))
 STAGES = tuple(SCRIPTS)[:4]
@@ -193,7 +194,7 @@ def test_images_do_not_depend_on_the_number_of_processes(runs):
             launch(count, words('infer', f'by_{count}', 2, *more, '--eval_batch', batch))
     pair = path / 'result/by_1', path / 'result/by_2'
     files = sorted(str(p.relative_to(pair[0])) for p in (pair[0] / 'pred').rglob('*.nii.gz'))
-    assert len(files) == 2 * 2 * 2                                     # subjects, targets, image and std
+    assert len(files) == 2 * (2 * 2 + 1)         # two subjects: image and std of each target, lesion probability
     for name in files:
         a, b = (np.asanyarray(nib.load(folder / name).dataobj) for folder in pair)
         size = np.ptp(np.asanyarray(nib.load(pair[0] / name.replace('_std', '')).dataobj))
