@@ -15,6 +15,7 @@ import torch
 
 import optim
 import timing
+import utils
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
 
@@ -121,4 +122,5 @@ def test_torchrun_on_the_gpu():
 @pytest.mark.parametrize('preset', ['ctp2dwi_demo', 'mri2pet_demo'])
 def test_the_benchmark_times_a_step(preset, stage):
     row = timing.train_step(stage, preset, ('--device', 'cuda'), least=2, budget=0.1)
-    assert row['precision'] == 'bf16' and row['seconds_step'] > 0 and row['memory_mb'] > 10
+    assert row['precision'] == utils.Run('cuda').precision  # bf16 where the device is fast in it
+    assert row['seconds_step'] > 0 and row['memory_mb'] > 10

@@ -302,7 +302,7 @@ def test_lesion_head_blends_two_images(dims):
         bias[-1] = 0
         zero, logit = net(source, image, features, logit=True)
     assert torch.allclose(zero, ends[0] + logit.sigmoid() * (ends[1] - ends[0]), atol=1e-4)
-    assert float((ends[1] - ends[0]).abs().min()) >= 0 and float((ends[1] - ends[0]).abs().mean()) > 1e-3
+    assert float((ends[1] - ends[0]).abs().mean()) > 1e-3
 
 
 def test_without_a_lesion_head_there_is_no_logit():
