@@ -72,7 +72,7 @@ label_drop = 0.3                 # probability that a label is replaced by "unkn
 # Training
 aae_steps = 120                  # optimiser steps of stage 1
 unet_steps = 120                 # of stage 2
-post_steps = 150                 # of stage 3
+post_steps = 75                  # of stage 3
 batch_size = 16                  # samples a step and process; lower it when memory runs out
 accumulate = 1                   # gradient accumulation: steps of batch_size / accumulate samples at a time
 optimizer = 'muon'               # muon (convolution kernels; AdamW for the rest) or adam
@@ -100,9 +100,10 @@ w_image = 0.5                    # weight of the error in the brain mask
 w_lesion = 0.3                   # weight of the error in the lesion
 lesion_head = True               # detail branch, regression: a head decides where the lesion is; False: plain
 w_head = 0.05                    # weight of its cross entropy with the lesion mask
+lesion_odds = 3.0                # ... and in inference: the image holds this many times the odds of a lesion
 lesion_floor = 0.1               # l1, l2_l1: a lesion below this share of the mask counts by its size, not fully
 post_last_step_share = 0.95      # last_step_share of stage 3
-detail_lr_scale = 0.5            # a detail branch that starts as the regression U-Net learns at post_lr times this
+detail_lr_scale = 0.1            # a detail branch that starts as the regression U-Net learns at post_lr times this
 tune_decoder = True              # stage 3 also trains the decoder
 crop = None                      # 3D: decode only a crop of this many voxels around the lesion, e.g. (64, 64, 64)
 
@@ -122,9 +123,9 @@ out = None                       # output folder for --input
 
 _MRI2PET_DATA = dict(
     task='mri2pet', source='{root}/whole_MRI/{id}.nii', targets={'suvr': '{root}/whole_Abeta/{id}.nii'},
-    mask='{root}/mask/{id}.nii',
-    lesion='{root}/roi/{id}.nii', w_lesion=0, lesion_head=False, spatial_dims=3, context=0, frames=None, num_classes=2,
-    scaling={'source': ('quantile', 0.005, 0.995), 'suvr': ('range', 0, 3)}, unit_scale={'source': 1, 'suvr': 1})
+    mask='{root}/mask/{id}.nii', lesion='{root}/roi/{id}.nii', w_lesion=0, lesion_head=False,
+    spatial_dims=3, context=0, frames=None, num_classes=2, unit_scale={'source': 1, 'suvr': 1},
+    scaling={'source': ('quantile', 0.005, 0.995), 'suvr': ('range', 0, 3)})
 
 PRESETS = {
     'ctp2dwi_demo': dict(),
@@ -135,7 +136,8 @@ PRESETS = {
         aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
         regression_channels=(16, 32, 48), regression_steps=900, regression_lr=1e-3,
-        aae_steps=100, unet_steps=150, post_steps=100, eval_every=150, save_every=150, disc_start=30, disc_ramp=30),
+        aae_steps=100, unet_steps=150, post_steps=100, detail_lr_scale=0.5, eval_every=150, save_every=150,
+        disc_start=30, disc_ramp=30),
     # Full size, our recipe: LAPT's geometry and scale.
     'ctp2dwi': dict(
         exp='exp_ctp2dwi', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),
@@ -143,7 +145,7 @@ PRESETS = {
         unet_channels=(224, 448, 896), unet_attention=(1, 2),
         cond_channels=64, cond_width=64, detail_channels=(64, 128, 256),
         regression_channels=(64, 128, 256), regression_steps=200000, regression_lr=1e-4,
-        aae_steps=100000, unet_steps=200000, post_steps=20000,
+        aae_steps=100000, unet_steps=200000, post_steps=20000, detail_lr_scale=0.5,
         batch_size=16, lr=1e-4, aae_lr=2e-4, post_lr=2e-5, warmup=1000, ema=0.9999, eval_every=5000, save_every=1000,
         disc_start=5000, disc_ramp=5000, shift=8),
     # Full size, our recipe: IL-CLDM's geometry and scale.
@@ -154,7 +156,7 @@ PRESETS = {
         unet_channels=(128, 128, 256, 512), unet_attention=(3,),
         cond_channels=32, cond_width=16, detail_channels=(16, 32, 64),
         regression_channels=(16, 32, 64), regression_steps=100000, regression_lr=1e-4,
-        aae_steps=50000, unet_steps=100000, post_steps=10000,
+        aae_steps=50000, unet_steps=100000, post_steps=10000, detail_lr_scale=0.5,
         batch_size=1, eval_batch=1, lr=1e-4, aae_lr=2e-4, post_lr=2e-5, warmup=1000, ema=0.9999,
         eval_every=5000, save_every=1000,
         disc_start=5000, disc_ramp=5000, shift=4, crop=(96, 96, 96), checkpointing=True),
@@ -191,13 +193,13 @@ CHOICES = dict(
     spatial_dims=(2, 3), optimizer=('muon', 'adam'), predict=('v', 'z_0', 'eps'),
     schedule=('scaled_linear', 'linear', 'cosine'), loss_weight=('none', 'min_snr'), lambda_t=('constant', 'linear'),
     post_loss=('l1', 'l2_l1', 'lapt'), sampler=('one_step', 'ddim', 'ddpm'), split=('train', 'validation', 'test'))
-MAY_BE_NONE = dict(init_from=str, mask=str, lesion=str, frames=int, frame_spacing=float,
-                   frame_interval=float, crop=tuple, input=str, input_mask=str, out=str)
+MAY_BE_NONE = dict(init_from=str, mask=str, lesion=str, frames=int, frame_spacing=float, frame_interval=float,
+                   crop=tuple, input=str, input_mask=str, out=str)
 ITEMS = dict(targets=(str,), scaling=(tuple, list), unit_scale=(int, float))
 AT_MOST_1 = ('ema', 'last_step_share', 'post_last_step_share', 'label_drop', 'dropout')
 POSITIVE = ('batch_size', 'accumulate', 'lr', 'aae_lr', 'regression_lr', 'post_lr', 'eval_every', 'save_every',
-            'num_steps', 'samples', 'timesteps', 'latent_channels', 'cond_channels', 'cond_width', 'eval_batch',
-            'grad_clip', 'aae_blocks', 'unet_blocks', 'warmup', 'frame_spacing', 'frame_interval')
+            'warmup', 'num_steps', 'samples', 'timesteps', 'latent_channels', 'cond_channels', 'cond_width',
+            'eval_batch', 'grad_clip', 'aae_blocks', 'unet_blocks', 'frame_spacing', 'frame_interval', 'lesion_odds')
 
 _NO_SETTING = (types.ModuleType, type, types.FunctionType)
 DEFAULTS = {k: v for k, v in list(globals().items()) if k[0].islower() and not isinstance(v, _NO_SETTING)}
@@ -238,12 +240,8 @@ def check(name, value):
     kind = MAY_BE_NONE.get(name) or (str if name == 'label' else type(default))
     if value is None and name in MAY_BE_NONE:
         return None
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is tuple and type(value) is list:
-        value = tuple(value)
-    if kind is str and type(value) is int:
-        value = str(value)
+    if (kind, type(value)) in ((float, int), (tuple, list), (str, int)):
+        value = kind(value)
     if type(value) is not kind:
         raise SettingError(f"setting '{name}' must be {kind.__name__}, as in {name} = {default!r}, not {value!r}")
     if name in CHOICES and value not in CHOICES[name]:

@@ -72,6 +72,7 @@ def prediction_record(cfg, model, spec):
                 weights=fingerprint(torch.nn.ModuleList(nets)), exp=cfg.exp, sampler=cfg.sampler,
                 num_steps=1 if cfg.sampler == 'one_step' else cfg.num_steps,
                 samples=cfg.samples, guidance=cfg.guidance, label=cfg.label, mirror=cfg.mirror, seed=cfg.seed,
+                lesion_odds=cfg.lesion_odds,
                 units=units, settings=spec.travel())
 
 

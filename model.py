@@ -264,8 +264,10 @@ class PixelUNet(nn.Module):
     *S/4); it gives back what the latent space lost, pred = g D(z_0_hat) + R(source, D(z_0_hat), features), and starts
     as D(z_0_hat): g (one number a target) at 1 and R at zero.
 
-    With lesion_head the last layer gives two images and a logit: pred = healthy + p * change, p = sigmoid(logit). The
-    logit is trained to tell the lesion (losses.lesion_cross_entropy): what is there is decided, not averaged.
+    With lesion_head the last layer gives two images and a logit: pred = healthy + q * change. The logit is trained to
+    tell the lesion (losses.lesion_cross_entropy): p = sigmoid(logit) is its probability, and what is there is decided,
+    not averaged. q = sigmoid(logit + log(odds)): of a lesion's odds, p / (1 - p), the image holds `odds` times as much.
+    In the detail branch the error of the image does not reach the logit: its lesion weight would make p too large.
     forward(..., logit=True) -> (pred, logit (B, 1, *S), or None without lesion_head).
     """
 
@@ -298,7 +300,7 @@ class PixelUNet(nn.Module):
     def level(dims, i, w, blocks):
         return [ResBlock(dims, w, w) if i else PlainBlock(dims, w) for _ in range(blocks)]
 
-    def forward(self, source, image=None, features=None, logit=False):
+    def forward(self, source, image=None, features=None, logit=False, odds=1.0):
         x = self.whiten(source)
         x, skips = self.conv_in(x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)), []
         for i, block in enumerate(self.down):
@@ -313,7 +315,8 @@ class PixelUNet(nn.Module):
             x = self.up[i](torch.cat([x, skips[i]], dim=1))
         pred, *more = self.out(x).split(self.parts, dim=1)
         if more:
-            pred = pred + more[1].float().sigmoid() * more[0]
+            q = (more[1].float() + math.log(odds)).sigmoid()
+            pred = pred + (q if image is None else q.detach()) * more[0]
         if image is not None:
             pred = pred + self.share.view(-1, *[1] * (image.ndim - 2)) * image
         return (pred, more[1] if more else None) if logit else pred

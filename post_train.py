@@ -34,7 +34,7 @@ from stage import Stage, needs_lesion
 TERMS = ['loss', 'diffusion', 'image', 'lesion', 'head', 'grad_norm']
 FIXED = ('seed', 'batch_size', 'optimizer', 'post_lr', 'ema', 'flip', 'shift', 'label_drop', 'post_loss', 'lambda_t',
          'w_diffusion', 'w_image', 'w_lesion', 'lesion_floor', 'post_last_step_share', 'tune_decoder', 'detail_branch',
-         'detail_channels', 'detail_lr_scale', 'lesion_head', 'w_head', 'crop')
+         'detail_channels', 'detail_lr_scale', 'lesion_head', 'w_head', 'lesion_odds', 'crop')
 
 
 def lambda_of(t, timesteps, kind):
@@ -199,7 +199,7 @@ def main():
                     part = dict(weight=weight, voxels=(losses.count(mask), losses.count(lesion)))
                     z_0_hat, features = (cut(x, starts, cfg.crop, factor=4) for x in (z_0_hat, features))
                     source, target, mask, lesion = (cut(x, starts, cfg.crop) for x in (source, target, mask, lesion))
-                pred, logit = model.decode(z_0_hat, source, features, logit=True)
+                pred, logit = model.decode(z_0_hat, source, features, logit=True, odds=cfg.lesion_odds)
             errors = torch.stack([*losses.post_training_error(pred.float(), target, mask, lesion, cfg.post_loss,
                                                               cfg.lesion_floor, **part),
                                   losses.lesion_cross_entropy(logit, mask, lesion, **part)])  # (3, B)

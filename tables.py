@@ -20,9 +20,12 @@ COLUMNS = {
     'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error', suvr_bias='SUVR bias')}
 TEST = ('test',)
 TABLES = [  # title, the first line, the others, sets
-    ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/start'], BOTH),
+    ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/start', 'stroke/start_odds_1'],
+     BOTH),
     ('Recipes, stroke', 'stroke/ours', ['stroke/regression', 'stroke/regression_plain', 'stroke/regression_head',
-                                        'stroke/no_head', 'stroke/more_weight', 'stroke/earlier'], BOTH),
+                                        'stroke/no_head', 'stroke/head_odds_1', 'stroke/earlier'], BOTH),
+    ('How much to believe in a lesion', 'stroke/ours', ['stroke/odds_1', 'stroke/odds_8', 'stroke/head_odds_1',
+                                                        'stroke/head_odds_1_weight_05'], BOTH),
     ('Loss, weights, decoder, without detail branch', 'stroke/no_detail',
      ['stroke/no_detail_weight_0', 'stroke/no_detail_weight_2', 'stroke/lapt_loss', 'stroke/frozen_decoder'], TEST),
     ('Recipes, stroke, one seed', 'stroke/ours',
@@ -52,7 +55,9 @@ TABLES = [  # title, the first line, the others, sets
                                                     'amyloid/il_cldm'], TEST),
 ]
 # The figure: lesion MAE against PSNR as the weight of the lesion grows.
-CURVES = {'ours: its start, w_lesion 0.3, 0.5': ('stroke/start', 'stroke/ours', 'stroke/more_weight'),
+CURVES = {'ours: lesion_odds 1, 3, 8': ('stroke/odds_1', 'stroke/ours', 'stroke/odds_8'),
+          'before the odds: its start, w_lesion 0.3, 0.5': ('stroke/start_odds_1', 'stroke/head_odds_1',
+                                                           'stroke/head_odds_1_weight_05'),
           'before the lesion head: its start, w_lesion 0.3, 0.5, 1': ('stroke/earlier_start', 'stroke/earlier',
                                                                       'stroke/weight_05', 'stroke/weight_1'),
           'without detail branch: control, w_lesion 0, 0.3, 2': (

@@ -29,15 +29,15 @@ class Model:
     stage: str = 'aae'       # aae, unet, post or regression
     origin: str = ''         # which checkpoint, for people
 
-    def decode(self, z_0, source, features, logit=False):
+    def decode(self, z_0, source, features, logit=False, odds=1.0):
         """Latents (B, c, *s), source (B, C, *S), the U-Net's features -> images (B, K, *S): D(z_0), or g D(z_0) + R.
 
-        With logit=True (images, the lesion head's logit, or None without one).
+        With logit=True (images, the lesion head's logit, or None without one). odds: as PixelUNet takes it.
         """
         pred = self.aae.decode(z_0)
         if self.detail is None:
             return (pred, None) if logit else pred
-        return self.detail(source, pred, features, logit)
+        return self.detail(source, pred, features, logit, odds)
 
     def eval(self):
         for net in (self.aae, self.unet, self.detail, self.regression):
@@ -56,10 +56,12 @@ class Sampling:
     seed: int = 0
     mirror: bool = False
     eval_batch: int = 32
+    lesion_odds: float = 1.0
 
     @classmethod
     def of(cls, cfg):
-        return cls(cfg.sampler, cfg.num_steps, cfg.samples, cfg.guidance, cfg.seed, cfg.mirror, cfg.eval_batch)
+        return cls(cfg.sampler, cfg.num_steps, cfg.samples, cfg.guidance, cfg.seed, cfg.mirror, cfg.eval_batch,
+                   cfg.lesion_odds)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -174,12 +176,13 @@ def translate(run, model, source, key, how, label=None):
 def _translate_items(model, source, key, how, label):
     """Source (n, C, *S) -> (1, n, K, *S), the prediction; with how.samples = m > 1 the m decoded samples follow it."""
     if model.regression is not None:
-        return with_probability(*model.regression(source, logit=True))[None]
+        return with_probability(*model.regression(source, logit=True, odds=how.lesion_odds))[None]
     cond = model.unet.encode_source(source)
     samples = [_sample_latents(model, source, cond, key, k, how, label) for k in range(how.samples)]
     mean = [torch.stack(parts).mean(0) for parts in zip(*samples, strict=True)]
     images = [mean, *samples] if how.samples > 1 else [mean]
-    return torch.stack([with_probability(*model.decode(z_0, source, features, logit=True)) for z_0, features in images])
+    images = [model.decode(z_0, source, features, logit=True, odds=how.lesion_odds) for z_0, features in images]
+    return torch.stack([with_probability(*image) for image in images])
 
 
 def with_probability(pred, logit):

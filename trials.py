@@ -54,7 +54,8 @@ MONAI = 'monai_ldm.py --cpu_seconds 700 --only_validation'  # with a Python that
 DDIM = '--sampler ddim --num_steps 50'
 PAPER_DDIM = f'{DDIM} --mirror False'
 OLD_REGRESSION = f'{REGRESSION} --lesion_head False --regression_lr 1e-3 --regression_steps 1500'
-BEFORE = f'{POST} --lesion_head False --post_steps 300'
+HEAVY = f'{POST} --lesion_odds 1 --detail_lr_scale 0.5 --post_steps 150'
+BEFORE = f'{POST} --lesion_head False --detail_lr_scale 0.5 --post_steps 300'
 EARLIER = AAE, UNET, f'{OLD_REGRESSION} --w_lesion 0', BEFORE
 STEPS_HALF = '--aae_steps 60', '--unet_steps 60', '--regression_steps 750', '--post_steps 150'
 STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000', '--post_steps 600'
@@ -62,18 +63,24 @@ STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000',
 TRIALS = [
     # Stroke. The rivals have the time of all of our stages.
     Trial('stroke/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=MORE),
-    Trial('stroke/start', 'the regression with lesion head that stage 3 starts from', (), 'stroke/ours',
+    Trial('stroke/start', 'the regression with lesion head that stage 3 starts from, the same odds', (), 'stroke/ours',
           '--stage regression', THREE, BOTH),
+    Trial('stroke/start_odds_1', 'the same, lesion_odds 1', (), 'stroke/ours', '--stage regression --lesion_odds 1',
+          THREE, BOTH),
+    Trial('stroke/odds_1', 'ours, lesion_odds 1 in inference', (), 'stroke/ours', '--lesion_odds 1', THREE, BOTH),
+    Trial('stroke/odds_8', 'ours, lesion_odds 8 in inference', (), 'stroke/ours', '--lesion_odds 8', THREE, BOTH),
     Trial('stroke/regression', 'regression U-Net on the image grid, the same lesion weight, equal time',
           (f'{LONG} --lesion_head False',), 'stroke/ours', '--stage regression', THREE, BOTH),
     Trial('stroke/regression_plain', 'regression U-Net on the image grid, no lesion weight, equal time',
           (PLAIN,), 'stroke/ours', '--stage regression', THREE, BOTH),
-    Trial('stroke/regression_head', 'regression U-Net with our lesion head, the same lesion weight, equal time',
-          (LONG,), 'stroke/ours', '--stage regression', THREE, BOTH),
+    Trial('stroke/regression_head', 'regression U-Net with our lesion head and odds, equal time',
+          (f'{LONG} --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, BOTH),
     Trial('stroke/no_head', 'ours without lesion head',
           (f'{REGRESSION} --w_lesion 0 --lesion_head False', f'{POST} --lesion_head False'), 'stroke/ours', seeds=THREE,
           sets=BOTH),
-    Trial('stroke/more_weight', 'ours, w_lesion 0.5', (f'{POST} --w_lesion 0.5',), 'stroke/ours', seeds=THREE,
+    Trial('stroke/head_odds_1', 'ours before the odds: the lesion weight alone moves the lesion', (*ALL[:3], HEAVY),
+          seeds=THREE, sets=MORE),
+    Trial('stroke/head_odds_1_weight_05', 'the same, w_lesion 0.5', (f'{HEAVY} --w_lesion 0.5',), 'stroke/head_odds_1',
           sets=BOTH),
     Trial('stroke/regression_simple', 'plain regression, single slices, AdamW at 2e-3, not mirrored',
           (f'{PLAIN} --context 0 --optimizer adam --regression_lr 2e-3',), 'stroke/ours',

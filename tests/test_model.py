@@ -302,7 +302,23 @@ def test_lesion_head_blends_two_images(dims):
         bias[-1] = 0
         zero, logit = net(source, image, features, logit=True)
     assert torch.allclose(zero, ends[0] + logit.sigmoid() * (ends[1] - ends[0]), atol=1e-4)
+    thrice, same = net(source, image, features, logit=True, odds=3)
+    p = logit.sigmoid()  # odds p / (1 - p): three times these in the image, the logit as it was
+    assert torch.equal(same, logit)
+    assert torch.allclose(thrice, ends[0] + 3 * p / (1 - p + 3 * p) * (ends[1] - ends[0]), atol=1e-4)
     assert float((ends[1] - ends[0]).abs().mean()) > 1e-3
+
+
+@pytest.mark.parametrize('with_image', [False, True])
+def test_the_error_of_the_image_reaches_the_logit_of_a_regression_only(with_image):
+    net = awake(PixelUNet(2, 3, 2, with_image, (8, 16), lesion_head=True))
+    image = torch.randn(2, 2, 8, 12) if with_image else None
+    pred, logit = net(torch.randn(2, 3, 8, 12), image, logit=True)
+    pred.square().mean().backward(retain_graph=True)
+    of_logit = net.out[-1].weight.grad[-1]  # the last of the output's channels
+    assert bool(of_logit.any()) != with_image and net.out[-1].weight.grad[:-1].any()
+    logit.mean().backward()
+    assert of_logit.any()
 
 
 def test_without_a_lesion_head_there_is_no_logit():

@@ -50,6 +50,22 @@ def test_the_mean_with_the_mirrored_source_is_symmetric(dims, kind, samples):
         assert 0 <= plain[0][:, 2].min() < plain[0][:, 2].max() <= 1
 
 
+@pytest.mark.parametrize('kind', ['head', 'regression'])
+def test_lesion_odds_move_the_image_and_not_the_probability(kind):
+    net, run = model(2, 'head'), utils.Run('cpu', 'fp32')
+    if kind == 'regression':
+        torch.manual_seed(0)
+        net.regression = PixelUNet(2, 3, 2, False, (8, 8), lesion_head=True)
+        for p in net.regression.parameters():
+            p.data = torch.randn_like(p) * 0.1
+    source = np.random.default_rng(0).normal(size=(3, 3, 16, 8)).astype(np.float32)
+    one, three, nine = (translate(run, net, source, 'sub', Sampling(lesion_odds=odds))[0] for odds in (1, 3, 9))
+    assert np.array_equal(one[:, 2], nine[:, 2])
+    p, steps = one[:, 2:], (three[:, :2] - one[:, :2], nine[:, :2] - one[:, :2])
+    q = [odds * p / (1 - p + odds * p) - p for odds in (3, 9)]  # what the odds add to p, the same image both times
+    assert np.abs(steps[0]).max() > 1e-3 and np.allclose(steps[0] * q[1], steps[1] * q[0], atol=1e-5)
+
+
 def test_figures_of_the_lesion_head_by_hand():
     mask = np.zeros((4, 4, 2), bool)
     mask[:3] = True
