@@ -104,6 +104,26 @@ def lesion_head_row(probability, mask, lesion, spacing):
                 lesion_head_avd_ml=abs(expected - volume))
 
 
+def calibration_counts(probability, mask, lesion):
+    """By tenths of the probability: voxels of the mask, the sum of their probabilities, those in the lesion; (10, 3).
+
+    Zeros without a map or a lesion mask.
+    """
+    if probability is None or lesion is None:
+        return np.zeros((10, 3))
+    p, found = probability[mask].astype(float), np.asarray(lesion, bool)[mask]
+    tenth = np.minimum((p * 10).astype(int), 9)
+    return np.stack([np.bincount(tenth, weight, 10) for weight in (np.ones_like(p), p, found)], axis=1)
+
+
+def calibration_table(counts):
+    """Is a lesion there as often as the head says? By tenths of p, from calibration_counts summed over subjects."""
+    voxels, p, found = np.sum(counts, axis=0).T
+    share = np.where(voxels > 0, [p, found], np.nan) / np.maximum(voxels, 1)
+    return pd.DataFrame(dict(p_from=np.arange(10) / 10, voxels=voxels.astype(int), mean_p=share[0],
+                             lesion_share=share[1]))
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # Trust: intervals and the check of the source
 

@@ -17,6 +17,7 @@ from datetime import datetime
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
 
@@ -26,6 +27,8 @@ import metrics
 import utils
 from evaluate import (
     amyloid_status,
+    calibration_counts,
+    calibration_table,
     check_source,
     evaluate,
     fit_intervals,
@@ -125,20 +128,23 @@ def infer_split(cfg, run, model, spec, folder):
     if run.main:  # beside the settings they were fitted with, for the subjects to come
         fitted = record | dict(intervals=fits)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(fitted, f, indent=1), 'w')
-    qc, volumes = {}, {}
+    qc, volumes, counts = {}, {}, {}
 
     def keep(subject, pred, std):
         qc[subject.id] = check_source(model, subject)
         more = dict(qc=qc[subject.id], intervals=fits)
         write_prediction(folder / 'pred' / subject.id, subject, pred, std, spec, record | more)
-        if spec.task == 'mri2pet' and subject.target is not None:
+        if subject.target is None:
+            return
+        if spec.task == 'mri2pet':
             volumes[subject.id] = mri_volumes(subject)
+        counts[subject.id] = calibration_counts(lesion_map(subject, pred), subject.known_mask(), subject.native_lesion)
 
     # Intervals and status thresholds are fitted on the training and validation subjects: judged on others only.
     unseen = cfg.split not in ('train', 'validation')
     rows, errors = evaluate(run, predict, spec, ids, quick=False, label='translate', on_subject=keep,
                             intervals=fits if unseen else None)
-    qc, volumes = dict(run.gather(qc.items())), dict(run.gather(volumes.items()))
+    qc, volumes, counts = (dict(run.gather(found.items())) for found in (qc, volumes, counts))
     flagged = [f'{id}: {text}' for id, text in sorted(qc.items()) if text not in ('ok', '')]
     if flagged and run.main:
         print(f'{len(flagged)} subjects have a source unlike the training set:', *flagged, sep='\n  ')
@@ -169,6 +175,9 @@ def infer_split(cfg, run, model, spec, folder):
         if cfg.label != 'unknown':
             summary['label_given'] = cfg.label
         save_table(summary, f'{name}_summary.csv')
+        Path(f'{name}_lesion_calibration.csv').unlink(missing_ok=True)
+        if np.any(list(counts.values())):
+            save_table(calibration_table(list(counts.values())), f'{name}_lesion_calibration.csv')
         print(f'{len(table)} subjects of the {cfg.split} split, {record["checkpoint"]}, {cfg.sampler}'
               + (f'; the label was given (--label {cfg.label})' if cfg.label != 'unknown' else ''))
         print(metrics.format_table(summary))

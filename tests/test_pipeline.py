@@ -100,6 +100,11 @@ def test_every_file_of_the_contract_is_there(trained):
         assert record['lesion_odds'] == 3
         assert (record['seed'], record['label'], set(record['units'])) == (0, 'unknown', set(settings['targets']))
         assert record['settings']['task'] == task and record['settings']['scaling']['source']
+    calibration = folder / 'test_lesion_calibration.csv'
+    assert calibration.exists() == (task == 'ctp2dwi')
+    if calibration.exists():  # every voxel of every mask counts once
+        inside = sum(np.count_nonzero(nib.load(mask(task, id)).dataobj) for id in ids('test'))
+        assert sum(int(row['voxels']) for row in table(calibration)) == inside
     assert not list(folder.rglob('*.tmp'))
 
 
@@ -117,7 +122,7 @@ def test_the_detail_branch_starts_as_the_regression_of_its_widths(trained):
 
 def test_the_control_and_the_regression_alone(trained):
     """The README's commands for them; --only_model leaves out baselines and intervals."""
-    _, settings, folder = trained
+    task, settings, folder = trained
     words = (*settings['words'], '--init_from', settings['exp'])
     control = ('--exp', 'control', '--detail_branch', 'False', '--w_image', '0', '--w_lesion', '0', '--post_steps', '2')
     made_runs.call('post_train', *words, *control)
@@ -128,7 +133,8 @@ def test_the_control_and_the_regression_alone(trained):
     made_runs.call('infer', *words, '--exp', 'rival', '--stage', 'regression', '--only_model')
     for name in ('control', 'alone', 'rival'):
         found = {path.name for path in Path('result', name).glob('test*.csv')}
-        assert found == {'test.csv', 'test_summary.csv'}
+        head = {'test_lesion_calibration.csv'} if task == 'ctp2dwi' and name == 'alone' else set()
+        assert found == {'test.csv', 'test_summary.csv'} | head
         assert not any('coverage' in column for column in table(Path('result', name, 'test.csv'))[0])
     assert torch.load('result/control/CHECKPOINT_Unet_post.pth.tar', weights_only=True)['detail'] is None
     figure = f"{settings['targets'][0]}_psnr"

@@ -78,6 +78,12 @@ def test_figures_of_the_lesion_head_by_hand():
     assert row['lesion_head_avd_ml'] == pytest.approx(abs(3.25 - 2))
     assert evaluate.lesion_head_row(None, mask, lesion, (1, 1, 1)) == {}
     assert evaluate.lesion_head_row(probability, mask, None, (1, 1, 1)) == {}
+    counts = evaluate.calibration_counts(probability, mask, lesion)
+    assert counts[[0, 2, 7]].tolist() == [[10, 0, 0], [8, 8 * 0.25, 0], [6, 6 * 0.75, 4]] and counts[:, 0].sum() == 24
+    table = evaluate.calibration_table([counts, counts, evaluate.calibration_counts(None, mask, lesion)])
+    assert table.loc[7].tolist() == pytest.approx([0.7, 12, 0.75, 4 / 6])
+    assert table.loc[2].tolist() == pytest.approx([0.2, 16, 0.25, 0])
+    assert table.loc[[1, 3, 4, 5, 6, 8, 9], ['mean_p', 'lesion_share']].isna().all(axis=None)
 
 
 def test_a_checkpoint_that_knows_no_context_saw_single_slices(tmp_path):
