@@ -142,6 +142,20 @@ def test_the_control_and_the_regression_alone(trained):
         assert mine['ID'] == theirs['ID'] and float(mine[figure]) == pytest.approx(float(theirs[figure]), abs=1e-3)
 
 
+def test_lesion_odds_are_chosen_in_inference(trained):
+    """The README's command: other images from the same networks, the same probability of a lesion."""
+    task, settings, folder = trained
+    words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'odds', '--only_model')
+    made_runs.call('infer', *words, '--lesion_odds', '8')
+    for id in ids('test'):
+        record = json.loads(Path('result/odds/pred', id, 'prediction.json').read_text())
+        assert record['lesion_odds'] == 8
+        for path in (folder / 'pred' / id).glob('*.nii.gz'):
+            mine, theirs = (nib.load(p).get_fdata() for p in (Path('result/odds/pred', id, path.name), path))
+            moved = np.abs(mine - theirs).max() > 1e-6 * np.ptp(theirs)
+            assert moved == (task == 'ctp2dwi' and 'probability' not in path.name), path
+
+
 def test_predictions_lie_on_the_subjects_own_grid(trained):
     task, settings, folder = trained
     for id in ids('test'):
