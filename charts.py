@@ -17,6 +17,20 @@ STAGES = {'aae': 'stage 1: autoencoder', 'unet': 'stage 2: latent U-Net', 'post'
           'regression': 'regression U-Net'}
 COLOURS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#7F7F7F']
 POSITIVE, NEGATIVE = '#D55E00', '#0072B2'
+PANELS = {
+    'ctp2dwi': [
+        ('dwi_psnr', 'DWI PSNR (dB)', 'higher'), ('adc_psnr', 'ADC PSNR (dB)', 'higher'),
+        ('dwi_ssim', 'DWI SSIM', 'higher'), ('adc_ssim', 'ADC SSIM', 'higher'),
+        ('lesion_mae', 'lesion MAE (scaled 0 to 1)', 'lower'), ('lesion_dice_2ml', 'Dice > 2 ml', 'higher'),
+        ('lesion_detected', 'lesions detected (share)', 'higher'),
+        ('lesion_avd_ml', '|volume difference| (ml)', 'lower'), ('false_lesion_ml', 'false lesion (ml)', 'lower'),
+        ('adc_lesion_bias', r'ADC bias in the lesion ($10^{-6}$ mm$^2$/s)', ''),
+        ('lesion_contrast_error', 'lesion contrast error (ratio)', 'lower'),
+        ('lesion_rim_mae', 'MAE 6 mm around it (scaled 0 to 1)', 'lower')],
+    'mri2pet': [
+        ('suvr_psnr', 'PSNR (dB)', 'higher'), ('suvr_ssim', 'SSIM', 'higher'), ('suvr_ms_ssim', 'MS-SSIM', 'higher'),
+        ('suvr_mae', 'MAE (SUVR)', 'lower'), ('suvr_error', 'composite error (SUVR)', ''),
+        ('suvr_error_abs', '|composite error| (SUVR)', 'lower')]}
 
 
 def _save(figure, path, dpi):
@@ -204,25 +218,33 @@ def _finish_scatter(figure, axes, path, dpi):
     _save(figure, path, dpi)
 
 
-def draw_calibration(path, targets, dpi=110):
+def draw_calibration(path, targets, head=None, dpi=110):
     """
-    Nominal against empirical coverage, one diagram for each target.
+    Nominal against empirical coverage, one diagram for each target; and of a lesion head, how often it is right.
 
     targets: target -> {series name: list of (nominal, mean, low, high)}, shares 0..1, low and high of the subjects.
+    head: its probability (n,) and the share of lesion among the voxels that have it (n,).
     """
-    size = (4.6 * len(targets) + 0.3, 5.2)
-    figure, axes = plt.subplots(1, len(targets), figsize=size, squeeze=False, layout='constrained')
-    for ax, (target, series) in zip(axes.flat, targets.items(), strict=True):
+    count = len(targets) + (head is not None)
+    size = (4.6 * count + 0.3, 5.2)
+    figure, axes = plt.subplots(1, count, figsize=size, squeeze=False, layout='constrained')
+    for ax in axes.flat:
         ax.plot([0, 1], [0, 1], color='0.5', linewidth=0.9)
+        ax.set(xlim=(0, 1), ylim=(0, 1))
+        ax.grid(alpha=0.25)
+        ax.set_box_aspect(1)
+    for ax, (target, series) in zip(axes.flat, targets.items(), strict=False):
         for (name, points), colour, marker in zip(series.items(), ('#0072B2', '#E69F00'), 'os', strict=False):
             x, mean, low, high = np.array(points).T
             bars = np.maximum([mean - low, high - mean], 0)  # rounding, where all subjects are equal
             ax.errorbar(x, mean, bars, color=colour, marker=marker, capsize=3, label=name)
-        ax.set(xlim=(0, 1), ylim=(0, 1), xlabel='nominal coverage', ylabel='share of brain voxels covered')
+        ax.set(xlabel='nominal coverage', ylabel='share of brain voxels covered')
         ax.set_title(f'{target.upper()}: voxels inside their interval', fontsize=10)
-        ax.grid(alpha=0.25)
-        ax.set_box_aspect(1)
         ax.legend(fontsize=8, loc='upper left')
+    if head is not None:
+        axes.flat[-1].plot(*head, color='#0072B2', marker='o')
+        axes.flat[-1].set(xlabel='probability of a lesion', ylabel='share of brain voxels with lesion')
+        axes.flat[-1].set_title('lesion head: is it there as often as it says?', fontsize=10)
     _save(figure, path, dpi)
 
 

@@ -67,8 +67,9 @@ class Experiment:
     """
     The files of result/<exp>; what is not there is None or empty.
 
-    losses, validations: stage -> table. test, summary, status: test.csv, test_summary.csv, test_status.csv. settings:
-    config.json. predicted: IDs with a prediction. record: how they were made. best: stage -> step of its checkpoint.
+    losses, validations: stage -> table. test, summary, status: test.csv, test_summary.csv, test_status.csv.
+    lesion_head: test_lesion_calibration.csv. settings: config.json. predicted: IDs with a prediction. record: how they
+    were made. best: stage -> step of its checkpoint.
     Raises ExperimentError if there is no such folder, nothing in it, or a damaged file.
     """
 
@@ -90,6 +91,7 @@ class Experiment:
         self.test = read_table(self.folder / 'test.csv', ['ID'], again)
         self.summary = read_table(self.folder / 'test_summary.csv', ['metric', 'n', 'mean', 'ci_low', 'ci_high'], again)
         self.status = read_table(self.folder / 'test_status.csv', ['score'], again)
+        self.lesion_head = read_table(self.folder / 'test_lesion_calibration.csv', ['mean_p', 'lesion_share'], again)
         self.settings = read_json(self.folder / 'config.json')
         self.predicted = sorted(path.parent.name for path in self.folder.glob('pred/*/prediction.json'))
         first = self.predicted[0] if self.predicted else '-'

@@ -39,6 +39,7 @@ class Case:
     lesion: np.ndarray | None = None                   # or the cortical composite
     found: np.ndarray | None = None                    # what the lesion rule finds on pred
     focal: bool = True                                 # show where most of the lesion is, else the brain's middle
+    probability: np.ndarray | None = None              # of a lesion, 0..1, as the lesion head says
 
 
 @dataclass
@@ -266,7 +267,8 @@ def draw_overview(path, cases, planes, windows, units, title, names, dpi=110):
     columns = []
     for plane in planes:
         columns += [(plane, 'source', '')] + [(plane, kind, target) for target in cases[0].pred for kind in kinds]
-    bars = [kind == 'synthetic' for _, kind, _ in columns]
+        columns += [(plane, 'probability', '')] * any(case.probability is not None for case in cases)
+    bars = [kind in ('synthetic', 'probability') for _, kind, _ in columns]
     views = [{plane: View(case, plane) for plane in planes} for case in cases]
     labels = [f'{case.id}\n{case.title}'.strip() for case in cases]
     side = 0.15 + 0.19 * max(label.count('\n') + 1 for label in labels)
@@ -276,11 +278,16 @@ def draw_overview(path, cases, planes, windows, units, title, names, dpi=110):
         for column, (plane, kind, target) in enumerate(columns):
             view, source = views[row][plane], case.sources[0]
             images = dict(true=case.truth, synthetic=case.pred).get(kind)
-            heading = f'{kind} {target.upper()}' if target else source.name
+            heading = f'{kind} {target.upper()}' if target else source.name if kind == 'source' else 'lesion head'
             ax = sheet.panel(row, column, heading if row == 0 else None)
             if kind == 'source':
                 view.draw(ax, view(source.array), *source.limits(case.mask), source.colours)
-            elif target not in images:
+            elif kind == 'probability' and case.probability is not None:
+                shown = view.draw(ax, view(case.probability), 0, 1, 'inferno')
+                view.outline(ax, case.lesion, 'white', 0.8)
+                if row == 0:
+                    sheet.bar(0, column, shown, 'probability of a lesion', len(cases))
+            elif kind == 'probability' or target not in images:
                 ax.set_axis_off()
             else:
                 shown = view.draw(ax, view(images[target]), *windows.value[target], 'gray')

@@ -31,6 +31,7 @@ import status
 import utils
 import volume
 from experiment import Experiment
+from infer import LESION_MAP
 
 FIGURES = ('montage.png', 'montage_*.png', 'metrics.png', 'scatter.png', 'calibration.png', 'curves.png')
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)                     # of the raw intervals in the calibration diagram
@@ -39,20 +40,6 @@ RULE = (f'Lesion rule: ADC < {metrics.ADC_LIMIT:g}, DWI > {metrics.DWI_FACTOR:g}
         f'of {metrics.MIN_COMPONENT_ML:g} ml or more.')
 STAR = 'A star: differs from this model (paired Wilcoxon test, p < 0.05 after Holm over the table).'
 NAMES = {'ctp2dwi': ('true lesion', 'lesion rule on the synthetic images'), 'mri2pet': ('cortical composite', '')}
-PANELS = {
-    'ctp2dwi': [
-        ('dwi_psnr', 'DWI PSNR (dB)', 'higher'), ('adc_psnr', 'ADC PSNR (dB)', 'higher'),
-        ('dwi_ssim', 'DWI SSIM', 'higher'), ('adc_ssim', 'ADC SSIM', 'higher'),
-        ('lesion_mae', 'lesion MAE (scaled 0 to 1)', 'lower'), ('lesion_dice_2ml', 'Dice > 2 ml', 'higher'),
-        ('lesion_detected', 'lesions detected (share)', 'higher'),
-        ('lesion_avd_ml', '|volume difference| (ml)', 'lower'), ('false_lesion_ml', 'false lesion (ml)', 'lower'),
-        ('adc_lesion_bias', r'ADC bias in the lesion ($10^{-6}$ mm$^2$/s)', ''),
-        ('lesion_contrast_error', 'lesion contrast error (ratio)', 'lower'),
-        ('lesion_rim_mae', 'MAE 6 mm around it (scaled 0 to 1)', 'lower')],
-    'mri2pet': [
-        ('suvr_psnr', 'PSNR (dB)', 'higher'), ('suvr_ssim', 'SSIM', 'higher'), ('suvr_ms_ssim', 'MS-SSIM', 'higher'),
-        ('suvr_mae', 'MAE (SUVR)', 'lower'), ('suvr_error', 'composite error (SUVR)', ''),
-        ('suvr_error_abs', '|composite error| (SUVR)', 'lower')]}
 
 
 def make_spec(cfg, folder):
@@ -77,13 +64,15 @@ def load_case(spec, folder, id):
     pred = {target: read_prediction(path, subject) for target, path in files.items()}
     files = {target: path.with_name(f'{target}_std.nii.gz') for target, path in files.items()}
     std = {target: read_prediction(path, subject) for target, path in files.items() if path.exists()}
+    path = folder / 'pred' / id / LESION_MAP
+    probability = read_prediction(path, subject) if path.exists() else None
     truth = subject.truth() if known else {}
     truth = {target: np.clip(image, *dataset.scaling_range(spec, target)) for target, image in truth.items()}
     found = None
     if spec.task == 'ctp2dwi' and {'dwi', 'adc'} <= set(pred) and volume.in_units(spec.scaling):
         found = metrics.lesion_rule(pred['dwi'], pred['adc'], subject.native_mask, subject.voxel_ml)
     return subject, montage.Case(id, '', subject.affine, subject.native_mask, [], pred, truth, std,
-                                 subject.native_lesion, found, focal=spec.task == 'ctp2dwi')
+                                 subject.native_lesion, found, spec.task == 'ctp2dwi', probability)
 
 
 def read_prediction(path, subject):
@@ -239,7 +228,7 @@ def draw_figures(spec, run, fig, faults):
     if run.summary is not None:
         lines, path = run.summary.set_index('metric'), fig / 'metrics.png'
         known = lines.index[np.isfinite(lines['mean'])]
-        panels = [panel for panel in PANELS[task] if panel[0] in known]
+        panels = [panel for panel in charts.PANELS[task] if panel[0] in known]
         if panels:
             charts.draw_metrics(path, lines, run.models, panels, ceilings(run.test))
             figures.append((path, f'Mean and bootstrap 95 % interval. {STAR} The AAE of the truth has seen the true '
@@ -255,12 +244,14 @@ def draw_figures(spec, run, fig, faults):
             charts.draw_amyloid_scatter(path, known, status.TRUE_THRESHOLD, run.threshold)
             figures.append((path, 'One point a test subject: mean SUVR in the composite; the grey line is identity.'))
     series = coverage(run.test, facts, spec.target_names)
-    if series:
-        charts.draw_calibration(fig / 'calibration.png', series)
+    head = run.lesion_head if run.lesion_head is None else run.lesion_head[['mean_p', 'lesion_share']].dropna()
+    if series or head is not None:
+        charts.draw_calibration(fig / 'calibration.png', series, None if head is None else head.to_numpy().T)
         figures.append((fig / 'calibration.png',
                         'Share of brain voxels whose true value lies in the interval around the prediction, against '
                         'the nominal share: mean over subjects, bars to the lowest and highest one. Below the line is '
-                        'overconfident.'))
+                        'overconfident.' + ' Right: voxels of all subjects, by tenths of the probability that the '
+                        'lesion head gives.' * (head is not None)))
     if run.losses or run.validations:
         region = 'lesion' if task == 'ctp2dwi' else 'composite'
         charts.draw_curves(fig / 'curves.png', run.losses, run.validations, run.best, region)

@@ -15,7 +15,9 @@ import pytest
 from made_data import affine, amyloid_settings, settings, write_amyloid, write_stroke
 from matplotlib.figure import Figure
 
+import charts
 import dataset
+import evaluate
 import experiment
 import metrics
 import montage
@@ -56,6 +58,7 @@ def write_result(cfg, ids, noise=0.05, with_std=True, seed=0):
                   guidance=1.0, label='unknown', seed=0, units=dict.fromkeys(ranges, 'some unit'), split='test',
                   mirror=True)
     rows, scale = {name: [] for name in ('', 'unet', 'aae', 'mean')}, dict(unet=2.0, aae=0.5, mean=4.0)
+    counts = []
     for id in ids:
         subject = dataset.load_subject(spec, id)
         truth, mask = subject.truth(), subject.native_mask
@@ -74,6 +77,10 @@ def write_result(cfg, ids, noise=0.05, with_std=True, seed=0):
                         dataset.write_volume(folder / 'pred' / id / f'{t}_std.nii.gz', std[t], subject)
                     cover = quality.interval_coverage(pred[t], std[t], truth[t], mask, fit[t])
                     row |= {f'{t}_{key}': value for key, value in cover.items()}
+                if spec.task == 'ctp2dwi':
+                    head = 0.9 * subject.native_lesion + 0.05 * mask
+                    dataset.write_volume(folder / 'pred' / id / 'lesion_probability.nii.gz', head, subject)
+                    counts.append(evaluate.calibration_counts(head, mask, subject.native_lesion))
                 (folder / 'pred' / id / 'prediction.json').write_text(json.dumps(dict(record, id=id)))
             table.append(dict(ID=id, **row))
     tables = {name: pd.DataFrame(table) for name, table in rows.items()}
@@ -83,6 +90,8 @@ def write_result(cfg, ids, noise=0.05, with_std=True, seed=0):
         save(pd.DataFrame([dict(score='synthetic', **line)]), folder / 'test_status.csv')
         test['status_pred'] = (test['suvr_pred'] > line['threshold']).astype(int)
     save(test, folder / 'test.csv')
+    if counts:
+        save(evaluate.calibration_table(counts), folder / 'test_lesion_calibration.csv')
     for name, table in tables.items():
         save(table, folder / f'test_{name}.csv')
     save(metrics.summarise(test, tables, 0), folder / 'test_summary.csv')
@@ -193,7 +202,7 @@ def test_stroke(monkeypatch, capsys):
     page = check_page(folder)
     for text in ('0123456789abcdef', 'CHECKPOINT_Unet_post (EMA weights) at step 40', 'ddim, 7 steps, 3 samples',
                  'mean with the mirrored source',
-                 'this task has no label', 'no lesion', 'stage 2, before post-training'):
+                 'this task has no label', 'no lesion', 'stage 2, before post-training', 'that the lesion head gives'):
         assert text in page.text
     assert 'Not there' not in page.text
     assert ['image_size', '[16, 20]', '[64, 72]'] in page.rows
@@ -212,6 +221,20 @@ def test_amyloid(monkeypatch):
     cfg = amyloid_settings()
     plot.write_report(plot.make_spec(cfg, folder), plot.Experiment(cfg.exp), [], {})
     assert 'A label was given to the network at inference (--label true)' in Page(folder / 'report.html').text
+
+
+@pytest.mark.parametrize('series', [{}, {'dwi': {'fitted': [(0.5, 0.4, 0.3, 0.5), (0.9, 0.8, 0.7, 1)]}}])
+def test_how_often_the_lesion_head_is_right_is_drawn_beside_the_intervals(monkeypatch, tmp_path, series):
+    kept = []
+    monkeypatch.setattr(charts.plt, 'close', kept.append)
+    p, share = np.array([0.05, 0.5, 0.95]), np.array([0.0, 0.4, 1.0])
+    charts.draw_calibration(tmp_path / 'a.png', series, (p, share))
+    charts.draw_calibration(tmp_path / 'b.png', {'dwi': {'fitted': [(0.5, 0.4, 0.3, 0.5)]}})
+    both, alone = kept
+    assert len(both.axes) == len(series) + 1 and len(alone.axes) == 1
+    np.testing.assert_array_equal(both.axes[-1].lines[-1].get_xydata(), np.stack([p, share], 1))
+    for figure in kept:
+        charts.plt.figure(figure.number).clear()
 
 
 def test_no_outline_of_the_lesion_rule_without_physical_units():
@@ -332,7 +355,8 @@ def marked_case(codes, angles=(0, 0, 0)):
     assert marker.any()
     image, mask = np.where(marker, 1.0, 0.0), np.ones(SHAPE, bool)
     sources = [montage.Image('source', image + np.linspace(0, 0.1, SHAPE[2]))]
-    return montage.Case('s', '', matrix, mask, sources, dict(adc=image), dict(adc=image), {}, marker, marker)
+    return montage.Case('s', '', matrix, mask, sources, dict(adc=image), dict(adc=image), {}, marker, marker,
+                        probability=image)
 
 
 @pytest.mark.parametrize('codes', ['RAS', 'LAS', 'LPS', 'RPI', 'PSR', 'SAL'])
@@ -367,7 +391,7 @@ def test_the_drawn_panels_are_not_turned(monkeypatch, tmp_path):
             assert [text.get_text() for text in ax.texts] in (['R', 'L'], ['A', 'P'])
             panels += 1
         montage.matplotlib.pyplot.figure(figure.number).clear()
-    assert panels == 9 + 6
+    assert panels == 9 + 8
 
 
 def test_the_slice_with_most_of_the_lesion():
