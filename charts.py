@@ -250,17 +250,25 @@ def draw_calibration(path, targets, head=None, dpi=110):
 
 def draw_tradeoff(path, curves, dpi=110):
     """
-    Lesion MAE against PSNR.
+    Lesion MAE against PSNR: all with their intervals, then what lies within 1.2 dB of the best without.
 
     curves: name -> list of ((PSNR, low, high), (lesion MAE, low, high)), joined in their order.
     """
-    figure, ax = plt.subplots(figsize=(7.6, 4.6), layout='constrained')
-    for (name, points), colour, marker in zip(curves.items(), COLOURS, 'osD^v', strict=False):
+    figure, (whole, close) = plt.subplots(1, 2, figsize=(12.4, 4.8), layout='constrained', width_ratios=(3, 2))
+    best = max(psnr[0] for points in curves.values() for psnr, _ in points)
+    heights = []
+    for (name, points), colour, marker in zip(curves.items(), COLOURS, 'osD^vP*', strict=False):
         (x, x_low, x_high), (y, y_low, y_high) = np.array(points).transpose(1, 2, 0)
-        ax.errorbar(x, y, [y - y_low, y_high - y], [x - x_low, x_high - x], color=colour, marker=marker, capsize=2,
-                    markersize=7, linewidth=1.4, elinewidth=0.7, label=name)
-    ax.set(xlabel=r'PSNR, mean of DWI and ADC (dB, $\rightarrow$ better)',
-           ylabel=r'lesion MAE (scaled 0 to 1, $\downarrow$ better)')
-    ax.grid(alpha=0.25)
-    ax.legend(fontsize=8)
+        whole.errorbar(x, y, [y - y_low, y_high - y], [x - x_low, x_high - x], color=colour, marker=marker, capsize=2,
+                       markersize=7, linewidth=1.4, elinewidth=0.7, label=name)
+        if x.max() > best - 1.2:
+            close.plot(x, y, color=colour, marker=marker, markersize=7, linewidth=1.4)
+            heights += y[x > best - 1.2].tolist()
+    room = 0.08 * (max(heights) - min(heights)) + 1e-3
+    close.set(xlim=(best - 1.2, best + 0.1), ylim=(min(heights) - room, max(heights) + room), title='the best, closer')
+    for ax in (whole, close):
+        ax.set(xlabel=r'PSNR, mean of DWI and ADC (dB, $\rightarrow$ better)',
+               ylabel=r'lesion MAE (scaled 0 to 1, $\downarrow$ better)')
+        ax.grid(alpha=0.25)
+    whole.legend(fontsize=8)
     _save(figure, path, dpi)

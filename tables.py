@@ -63,7 +63,9 @@ CURVES = {'ours: lesion_odds 1, 3, 8': ('stroke/odds_1', 'stroke/ours', 'stroke/
           'without detail branch: control, w_lesion 0, 0.3, 2': (
               'stroke/control', 'stroke/no_detail_weight_0', 'stroke/no_detail', 'stroke/no_detail_weight_2'),
           "without detail branch, LAPT's loss": ('stroke/lapt_loss',),
-          'regression U-Net: w_lesion 0, 0.3': ('stroke/regression_plain', 'stroke/regression')}
+          'regression U-Net: w_lesion 0, 0.3': ('stroke/regression_plain', 'stroke/regression'),
+          'regression U-Net with our lesion head, lesion_odds 3': ('stroke/regression_head',)}
+assert len(CURVES) <= 7, 'draw_tradeoff has seven colours and markers'
 
 
 def files(trial, group):
@@ -172,12 +174,12 @@ def cpu_seconds(trial):
 
 
 def draw_tradeoff(path):
-    """Lesion MAE against PSNR (mean of DWI and ADC) of the trials of CURVES, seed 0 of the test set, with intervals."""
+    """Lesion MAE against PSNR (mean of DWI and ADC) of the trials of CURVES on the test set, mean of the seeds done."""
     from charts import draw_tradeoff as draw
     curves = {}
     for label, names in CURVES.items():
         points = []
-        for table in filter(lambda t: t is not None, (subjects(BY_NAME[name], 'test', [0]) for name in names)):
+        for table in filter(lambda t: t is not None, (subjects(BY_NAME[name], 'test') for name in names)):
             both = ((table['dwi_psnr'] + table['adc_psnr']) / 2).to_numpy(), table['lesion_mae'].dropna().to_numpy()
             points.append([(x.mean(), *metrics.bootstrap_ci(x, 0)) for x in both])
         if points:
