@@ -41,8 +41,6 @@ from evaluate import (
 from model import fingerprint
 from translate import Model, Sampling, checkpoint_path, differing, load_aae, load_model, mean_prediction, translate
 
-LESION_MAP = 'lesion_probability.nii.gz'
-
 # What the training scripts take from here: validation is inference by construction.
 __all__ = ['Model', 'Sampling', 'checkpoint_path', 'differing', 'load_aae', 'load_model', 'translate', 'evaluate',
            'validate', 'fit_quality']
@@ -54,9 +52,9 @@ __all__ = ['Model', 'Sampling', 'checkpoint_path', 'differing', 'load_aae', 'loa
 def write_prediction(folder, subject, pred, std, spec, record):
     """<target>.nii.gz, <target>_std.nii.gz, lesion_probability.nii.gz and prediction.json of one subject."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / LESION_MAP).unlink(missing_ok=True)  # an earlier one's
+    (folder / utils.LESION_MAP).unlink(missing_ok=True)  # an earlier one's
     if (probability := lesion_map(subject, pred)) is not None:
-        dataset.write_volume(folder / LESION_MAP, probability, subject)
+        dataset.write_volume(folder / utils.LESION_MAP, probability, subject)
     for name, image in subject.to_native(pred).items():
         dataset.write_volume(folder / f'{name}.nii.gz', image, subject)
         (folder / f'{name}_std.nii.gz').unlink(missing_ok=True)  # an earlier one's

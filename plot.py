@@ -31,7 +31,6 @@ import status
 import utils
 import volume
 from experiment import Experiment
-from infer import LESION_MAP
 
 FIGURES = ('montage.png', 'montage_*.png', 'metrics.png', 'scatter.png', 'calibration.png', 'curves.png')
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)                     # of the raw intervals in the calibration diagram
@@ -64,7 +63,7 @@ def load_case(spec, folder, id):
     pred = {target: read_prediction(path, subject) for target, path in files.items()}
     files = {target: path.with_name(f'{target}_std.nii.gz') for target, path in files.items()}
     std = {target: read_prediction(path, subject) for target, path in files.items() if path.exists()}
-    path = folder / 'pred' / id / LESION_MAP
+    path = folder / 'pred' / id / utils.LESION_MAP
     probability = read_prediction(path, subject) if path.exists() else None
     truth = subject.truth() if known else {}
     truth = {target: np.clip(image, *dataset.scaling_range(spec, target)) for target, image in truth.items()}

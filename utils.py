@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 BEST = dict(aae='CHECKPOINT_AAE', unet='CHECKPOINT_Unet', post='CHECKPOINT_Unet_post',
             regression='CHECKPOINT_regression')
+LESION_MAP = 'lesion_probability.nii.gz'  # beside the images, where there is a lesion head
 PATIENCE = timedelta(hours=2)  # how long a process waits for the others: the first one reads and caches all subjects
 
 REMEDY = {number: f'; {text}' for text, numbers in {
