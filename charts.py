@@ -2,6 +2,8 @@
 Tables as diagrams for plot.py: training curves, scatter, figures with their intervals, calibration. Knows no files.
 """
 
+from itertools import cycle
+
 import matplotlib
 import numpy as np
 
@@ -257,7 +259,7 @@ def draw_tradeoff(path, curves, dpi=110):
     figure, (whole, close) = plt.subplots(1, 2, figsize=(12.4, 4.8), layout='constrained', width_ratios=(3, 2))
     best = max(psnr[0] for points in curves.values() for psnr, _ in points)
     heights = []
-    for (name, points), colour, marker in zip(curves.items(), COLOURS, 'osD^vP*', strict=False):
+    for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle('osD^vP*'), strict=False):
         (x, x_low, x_high), (y, y_low, y_high) = np.array(points).transpose(1, 2, 0)
         whole.errorbar(x, y, [y - y_low, y_high - y], [x - x_low, x_high - x], color=colour, marker=marker, capsize=2,
                        markersize=7, linewidth=1.4, elinewidth=0.7, label=name)

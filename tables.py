@@ -54,7 +54,7 @@ TABLES = [  # title, the first line, the others, sets
     ('Recipes, amyloid, one seed', 'amyloid/ours', ['amyloid/stage2', 'amyloid/control', 'amyloid/ddim50',
                                                     'amyloid/il_cldm'], TEST),
 ]
-# The figure: lesion MAE against PSNR as the weight of the lesion grows.
+# The figure: lesion MAE against PSNR as the lesion's weight, or its odds in inference, grow.
 CURVES = {'ours: lesion_odds 1, 3, 8': ('stroke/odds_1', 'stroke/ours', 'stroke/odds_8'),
           'before the odds: its start, w_lesion 0.3, 0.5': ('stroke/start_odds_1', 'stroke/head_odds_1',
                                                            'stroke/head_odds_1_weight_05'),
@@ -65,7 +65,6 @@ CURVES = {'ours: lesion_odds 1, 3, 8': ('stroke/odds_1', 'stroke/ours', 'stroke/
           "without detail branch, LAPT's loss": ('stroke/lapt_loss',),
           'regression U-Net: w_lesion 0, 0.3': ('stroke/regression_plain', 'stroke/regression'),
           'regression U-Net with our lesion head, lesion_odds 3': ('stroke/regression_head',)}
-assert len(CURVES) <= 7, 'draw_tradeoff has seven colours and markers'
 
 
 def files(trial, group):

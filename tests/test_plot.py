@@ -442,3 +442,15 @@ def test_windows_are_the_same_for_true_and_synthetic_and_hold_the_lesion():
     spec = dataset.Spec(target_names=('adc',), scaling={'adc': ('range', 0, 3000)})
     windows = plot.make_windows([case], spec)
     assert windows.value['adc'] == (0, 2800) and windows.error['adc'] > 0
+
+
+def test_no_curve_is_left_out_of_the_tradeoff(monkeypatch, tmp_path):
+    kept = []
+    monkeypatch.setattr(charts.plt, 'close', kept.append)
+    curves = {f'recipe {i}': [((30 + i / 20, 29, 32), (0.07 + i / 500, 0.05, 0.1))] for i in range(9)}
+    charts.draw_tradeoff(tmp_path / 'a.png', curves)
+    figure, = kept
+    whole, close = figure.axes
+    assert [text.get_text() for text in whole.get_legend().get_texts()] == list(curves)
+    assert len(close.lines) == len(curves)
+    charts.plt.figure(figure.number).clear()
