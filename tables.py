@@ -55,7 +55,7 @@ TABLES = [  # title, the first line, the others, sets
                                                     'amyloid/il_cldm'], TEST),
 ]
 # The figure: lesion MAE against PSNR as the lesion's weight, or its odds in inference, grow.
-CURVES = {'ours: lesion_odds 1, 3, 8': ('stroke/odds_1', 'stroke/ours', 'stroke/odds_8'),
+CURVES = {'ours: lesion_odds 1, 4, 8': ('stroke/odds_1', 'stroke/ours', 'stroke/odds_8'),
           'before the odds: its start, w_lesion 0.3, 0.5': ('stroke/start_odds_1', 'stroke/head_odds_1',
                                                            'stroke/head_odds_1_weight_05'),
           'before the lesion head: its start, w_lesion 0.3, 0.5, 1': ('stroke/earlier_start', 'stroke/earlier',
@@ -64,7 +64,7 @@ CURVES = {'ours: lesion_odds 1, 3, 8': ('stroke/odds_1', 'stroke/ours', 'stroke/
               'stroke/control', 'stroke/no_detail_weight_0', 'stroke/no_detail', 'stroke/no_detail_weight_2'),
           "without detail branch, LAPT's loss": ('stroke/lapt_loss',),
           'regression U-Net: w_lesion 0, 0.3': ('stroke/regression_plain', 'stroke/regression'),
-          'regression U-Net with our lesion head, lesion_odds 3': ('stroke/regression_head',)}
+          'regression U-Net with our lesion head, lesion_odds 4': ('stroke/regression_head',)}
 
 
 def files(trial, group):
