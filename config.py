@@ -100,6 +100,7 @@ w_image = 0.5                    # weight of the error in the brain mask
 w_lesion = 0.3                   # weight of the error in the lesion
 lesion_head = True               # detail branch, regression: a head decides where the lesion is; False: plain
 w_head = 0.05                    # weight of its cross entropy with the lesion mask
+label_head = True                # detail branch, regression of volumes with labels: one image a class; False: one image
 lesion_odds = 4.0                # stage 3, inference: the image holds this many times the head's odds of a lesion
 lesion_floor = 0.1               # l1, l2_l1: a lesion below this share of the mask counts by its size, not fully
 post_last_step_share = 0.95      # last_step_share of stage 3
@@ -135,8 +136,8 @@ PRESETS = {
         spacing=(4, 4, 4), image_size=(40, 48, 40), batch_size=4, eval_batch=4,
         aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
-        regression_channels=(16, 32, 48), regression_steps=900, regression_lr=1e-3,
-        aae_steps=100, unet_steps=150, post_steps=100, detail_lr_scale=0.5, eval_every=150, save_every=150,
+        regression_channels=(16, 32, 48), regression_steps=950, regression_lr=1e-3,
+        aae_steps=100, unet_steps=150, post_steps=40, eval_every=150, save_every=150,
         disc_start=30, disc_ramp=30),
     # Full size, our recipe: LAPT's geometry and scale.
     'ctp2dwi': dict(

@@ -110,7 +110,8 @@ def infer_split(cfg, run, model, spec, folder):
     if cfg.label == 'true':
         fitted = [id for split in ('train', 'validation') for id in dataset.read_split(cfg.data_info, split)]
         labels = dataset.read_labels(cfg.data_info, [*ids, *fitted], cfg.num_classes)
-    how, record = Sampling.of(cfg), prediction_record(cfg, model, spec) | dict(split=cfg.split)
+    how = Sampling.of(cfg)
+    record = prediction_record(cfg, model, spec) | dict(split=cfg.split, data_root=cfg.data_root)
 
     def predict(subject, model=model):
         label = None if cfg.label == 'unknown' else labels.get(subject.id) if cfg.label == 'true' else int(cfg.label)
@@ -238,7 +239,8 @@ def infer_file(cfg, run, model, spec):
 
 def known_intervals(path, record):
     """The intervals that inference on a split fitted, if it was done with this checkpoint and sampler; else {}."""
-    same = settings_of(path) | dict(split='') == json.loads(json.dumps(record)) | dict(split='')
+    any_split = dict(split='', data_root='')
+    same = settings_of(path) | any_split == json.loads(json.dumps(record)) | any_split
     return json.loads(path.read_text()).get('intervals', {}) if same else {}
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from layers import Attention, PlainBlock, ResBlock, SourceWhitening, conv, conv_out, group_norm, upsample, zero_init
+from prior import LabelPrior
 
 # ------------------------------------------------------------------------------------------------------------------
 # Stage 1: the adversarial autoencoder.
@@ -269,14 +270,18 @@ class PixelUNet(nn.Module):
     not averaged. q = sigmoid(logit + log(odds)): of a lesion's odds, p / (1 - p), the image holds `odds` times as much.
     In the detail branch the error of the image does not reach the logit: its lesion weight would make p too large.
     forward(..., logit=True) -> (pred, logit (B, 1, *S), or None without lesion_head).
+
+    With classes (the label head) it gives one image a class, pred = image_0 + sum over c of share_c * change_c, so that
+    what a label decides is not guessed by the network: shares (B, classes) are those of the known labels in training,
+    of LabelPrior where they are not known.
     """
 
     def __init__(self, spatial_dims, source_channels, image_channels, with_image, widths=(32, 64, 96), blocks=1,
-                 feature_channels=0, lesion_head=False):
+                 feature_channels=0, lesion_head=False, classes=0):
         super().__init__()
         self.args = dict(spatial_dims=spatial_dims, source_channels=source_channels, image_channels=image_channels,
                          with_image=with_image, widths=list(widths), blocks=blocks, feature_channels=feature_channels,
-                         lesion_head=lesion_head)
+                         lesion_head=lesion_head, classes=classes)
         dims = spatial_dims
         self.whiten = SourceWhitening(dims, source_channels)
         self.share = nn.Parameter(torch.ones(image_channels)) if with_image else None  # g
@@ -290,17 +295,20 @@ class PixelUNet(nn.Module):
                 self.up.append(nn.Sequential(conv(dims, 2 * w, w), *self.level(dims, i, w, blocks)))
         self.join_at = min(2, len(widths) - 1)  # the level at a quarter of the size, or the coarsest
         self.join = conv(dims, feature_channels, widths[self.join_at], kernel=1) if feature_channels else None
-        self.parts = [image_channels, image_channels, 1] if lesion_head else [image_channels]
+        self.prior = LabelPrior(source_channels, classes) if classes else None
+        self.parts = [image_channels, *[image_channels, 1] * lesion_head, *[image_channels] * (classes - 1)]
         self.out = nn.Sequential(nn.ReLU(inplace=True), conv_out(dims, widths[0], sum(self.parts)))
         if lesion_head:
             with torch.no_grad():
-                self.out[-1].bias[-1] = -3  # p = 0.05: a lesion is rare
+                self.out[-1].bias[2 * image_channels] = -3  # p = 0.05: a lesion is rare
 
     @staticmethod
     def level(dims, i, w, blocks):
         return [ResBlock(dims, w, w) if i else PlainBlock(dims, w) for _ in range(blocks)]
 
-    def forward(self, source, image=None, features=None, logit=False, odds=1.0):
+    def forward(self, source, image=None, features=None, logit=False, odds=1.0, shares=None):
+        if self.prior is not None and shares is None:
+            shares = self.prior.shares(source)
         x = self.whiten(source)
         x, skips = self.conv_in(x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)), []
         for i, block in enumerate(self.down):
@@ -314,12 +322,15 @@ class PixelUNet(nn.Module):
             x = upsample(self.grow[i](x), skips[i].shape[2:])
             x = self.up[i](torch.cat([x, skips[i]], dim=1))
         pred, *more = self.out(x).split(self.parts, dim=1)
-        if more:
-            q = (more[1].float() + math.log(odds)).sigmoid()
-            pred = pred + (q if image is None else q.detach()) * more[0]
+        change, lesion_logit = more[:2] if self.args['lesion_head'] else (None, None)
+        if change is not None:
+            q = (lesion_logit.float() + math.log(odds)).sigmoid()
+            pred = pred + (q if image is None else q.detach()) * change
+        for c in range(1, self.args['classes']):
+            pred = pred + shares[:, c].view(-1, *[1] * (pred.ndim - 1)) * more[c - self.args['classes']]
         if image is not None:
             pred = pred + self.share.view(-1, *[1] * (image.ndim - 2)) * image
-        return (pred, more[1] if more else None) if logit else pred
+        return (pred, lesion_logit) if logit else pred
 
     @torch.no_grad()
     def start_from(self, regression):
@@ -330,6 +341,8 @@ class PixelUNet(nn.Module):
                 p.zero_()[:, :theirs[name].shape[1]] = theirs[name]
             else:
                 p.copy_(theirs[name]) if name in theirs else p.zero_()
+        if self.prior is not None:
+            self.prior.load_state_dict(regression.prior.state_dict())
 
 
 def fingerprint(net):

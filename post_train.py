@@ -29,12 +29,13 @@ import utils
 from infer import Model, Sampling, checkpoint_path, differing, load_model, translate, validate
 from layers import recompute_blocks
 from model import PixelUNet, count_parameters, fingerprint
+from prior import classes_of
 from stage import Stage, needs_lesion
 
 TERMS = ['loss', 'diffusion', 'image', 'lesion', 'head', 'grad_norm']
 FIXED = ('seed', 'batch_size', 'optimizer', 'post_lr', 'ema', 'flip', 'shift', 'label_drop', 'post_loss', 'lambda_t',
          'w_diffusion', 'w_image', 'w_lesion', 'lesion_floor', 'post_last_step_share', 'tune_decoder', 'detail_branch',
-         'detail_channels', 'detail_lr_scale', 'lesion_head', 'w_head', 'lesion_odds', 'crop')
+         'detail_channels', 'detail_lr_scale', 'lesion_head', 'w_head', 'lesion_odds', 'label_head', 'crop')
 
 
 def lambda_of(t, timesteps, kind):
@@ -117,10 +118,10 @@ def main():
     if cfg.detail_branch:
         model.detail = run.place(PixelUNet(spec.spatial_dims, cohort.source_channels, cohort.target_channels, True,
                                            cfg.detail_channels, feature_channels=model.unet.feature_channels,
-                                           lesion_head=cfg.lesion_head))
+                                           lesion_head=cfg.lesion_head, classes=classes_of(cfg, spec)))
         regression = checkpoint_path(cfg, 'regression')
         regression = load_model(cfg, run, 'regression') if regression.exists() else None
-        same = ('spatial_dims', 'source_channels', 'image_channels', 'widths', 'blocks', 'lesion_head')
+        same = ('spatial_dims', 'source_channels', 'image_channels', 'widths', 'blocks', 'lesion_head', 'classes')
         if (regression and not differing(regression.prep, spec.travel())
                 and all(regression.regression.args[name] == model.detail.args[name] for name in same)):
             model.detail.start_from(regression.regression)
@@ -129,6 +130,8 @@ def main():
             some = run.to_device(cohort.some())
             model.detail.whiten.start_from(some['source'], some['mask'])
             del some
+            if model.detail.prior is not None:
+                model.detail.prior.fit(cohort)
             origin, scale = 'at zero', 1
     trained = torch.nn.ModuleDict({'unet': model.unet})
     if cfg.tune_decoder:
@@ -193,13 +196,13 @@ def main():
         for z, tt, e, source, y, target, mask, lesion in zip(*[x.chunk(cfg.accumulate) for x in arrays], strict=True):
             with run.autocast():
                 loss, z_0_hat, features = estimate(model, z, tt, e, source, y)
-                part = {}
+                part, shares = {}, model.shares(source, y)
                 if cfg.crop and spec.spatial_dims == 3:  # decode only a part: memory
                     starts, weight = draw_crops(lesion, mask >= 0 if before else mask, cfg.crop)
                     part = dict(weight=weight, voxels=(losses.count(mask), losses.count(lesion)))
                     z_0_hat, features = (cut(x, starts, cfg.crop, factor=4) for x in (z_0_hat, features))
                     source, target, mask, lesion = (cut(x, starts, cfg.crop) for x in (source, target, mask, lesion))
-                pred, logit = model.decode(z_0_hat, source, features, logit=True, odds=cfg.lesion_odds)
+                pred, logit = model.decode(z_0_hat, source, features, True, cfg.lesion_odds, shares)
             errors = torch.stack([*losses.post_training_error(pred.float(), target, mask, lesion, cfg.post_loss,
                                                               cfg.lesion_floor, **part),
                                   losses.lesion_cross_entropy(logit, mask, lesion, **part)])  # (3, B)

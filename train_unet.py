@@ -19,6 +19,7 @@ from diffusion import Diffusion
 from infer import Model, Sampling, differing, fit_quality, load_aae, translate, validate
 from layers import recompute_blocks
 from model import PixelUNet, UNet, count_parameters, fingerprint, latent_grid
+from prior import classes_of
 from stage import Stage, needs_lesion
 
 DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'context', 'frames', 'frame_spacing',
@@ -27,7 +28,7 @@ DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'context', '
 FIXED = DATA + ('lr', 'unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout',
                 'predict', 'schedule', 'timesteps', 'loss_weight', 'last_step_share', 'label_drop')
 FIXED_REGRESSION = DATA + ('regression_lr', 'regression_channels', 'w_image', 'w_lesion', 'lesion_floor', 'lesion_head',
-                           'w_head')
+                           'w_head', 'label_head')
 
 
 def train_diffusion(cfg, run, spec, train_ids, validation_ids):
@@ -102,7 +103,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
 def train_regression(cfg, run, spec, train_ids, validation_ids):
     """The baseline: PixelUNet(source) -> target under the pixel losses of stage 3.
 
-    --w_lesion 0: no lesion weight; --lesion_head False: no lesion head, a plain regression.
+    --w_lesion 0: no lesion weight; --lesion_head False --label_head False: no heads, a plain regression.
     """
     needs_lesion(spec, cfg.lesion_head, 'a lesion head', '--lesion_head False')
     stage = Stage(run, cfg, 'regression', FIXED_REGRESSION, lists=utils.seed_key(train_ids, validation_ids))
@@ -113,9 +114,11 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
     utils.seed_everything(cfg.seed, 'regression weights')
     channels = cohort.source_channels, cohort.target_channels
     net = run.place(PixelUNet(cfg.spatial_dims, *channels, False, cfg.regression_channels,
-                              lesion_head=cfg.lesion_head))
+                              lesion_head=cfg.lesion_head, classes=classes_of(cfg, spec)))
     some = run.to_device(cohort.some())
     recompute_blocks(net, cfg.checkpointing)
+    if net.prior is not None:
+        net.prior.fit(cohort)
     net.whiten.start_from(some['source'], some['mask'])
     del some
     run.same_start(net)
@@ -145,10 +148,10 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
         lr = utils.lr_at(step, cfg.regression_steps, cfg.regression_lr, cfg.warmup)
         utils.set_lr(opt, lr)
         parts = []
-        chunks = [batch[name].chunk(cfg.accumulate) for name in ('source', 'target', 'mask', 'lesion')]
-        for source, target, mask, lesion in zip(*chunks, strict=True):
+        chunks = [batch[name].chunk(cfg.accumulate) for name in ('source', 'target', 'mask', 'lesion', 'label')]
+        for source, target, mask, lesion, label in zip(*chunks, strict=True):
             with run.autocast():
-                pred, logit = net(source, logit=True)
+                pred, logit = net(source, logit=True, shares=net.prior.shares(source, label) if net.prior else None)
             e_mask, e_lesion = losses.post_training_error(pred.float(), target, mask, lesion, 'l1', cfg.lesion_floor)
             e_head = losses.lesion_cross_entropy(logit, mask, lesion)
             total = cfg.w_image * e_mask + cfg.w_lesion * e_lesion + cfg.w_head * e_head

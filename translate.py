@@ -29,15 +29,25 @@ class Model:
     stage: str = 'aae'       # aae, unet, post or regression
     origin: str = ''         # which checkpoint, for people
 
-    def decode(self, z_0, source, features, logit=False, odds=1.0):
+    def decode(self, z_0, source, features, logit=False, odds=1.0, shares=None):
         """Latents (B, c, *s), source (B, C, *S), the U-Net's features -> images (B, K, *S): D(z_0), or g D(z_0) + R.
 
-        With logit=True (images, the lesion head's logit, or None without one). odds: as PixelUNet takes it.
+        With logit=True (images, the lesion head's logit, or None without one). odds, shares: as PixelUNet takes them.
         """
         pred = self.aae.decode(z_0)
         if self.detail is None:
             return (pred, None) if logit else pred
-        return self.detail(source, pred, features, logit, odds)
+        return self.detail(source, pred, features, logit, odds, shares)
+
+    @property
+    def prior(self):
+        """The label head's LabelPrior, or None without one."""
+        net = self.regression or self.detail
+        return None if net is None else net.prior
+
+    def shares(self, source, label=None):
+        """What of each class's image the label head takes for sources and labels (LabelPrior.shares), or None."""
+        return None if self.prior is None else self.prior.shares(source, label)
 
     def eval(self):
         for net in (self.aae, self.unet, self.detail, self.regression):
@@ -175,13 +185,14 @@ def translate(run, model, source, key, how, label=None):
 
 def _translate_items(model, source, key, how, label):
     """Source (n, C, *S) -> (1, n, K, *S), the prediction; with how.samples = m > 1 the m decoded samples follow it."""
+    shares = model.shares(source, None if label is None else torch.full((len(source),), label, device=source.device))
     if model.regression is not None:
-        return with_probability(*model.regression(source, logit=True, odds=how.lesion_odds))[None]
+        return with_probability(*model.regression(source, logit=True, odds=how.lesion_odds, shares=shares))[None]
     cond = model.unet.encode_source(source)
     samples = [_sample_latents(model, source, cond, key, k, how, label) for k in range(how.samples)]
     mean = [torch.stack(parts).mean(0) for parts in zip(*samples, strict=True)]
     images = [mean, *samples] if how.samples > 1 else [mean]
-    images = [model.decode(z_0, source, features, logit=True, odds=how.lesion_odds) for z_0, features in images]
+    images = [model.decode(z_0, source, features, True, how.lesion_odds, shares) for z_0, features in images]
     return torch.stack([with_probability(*image) for image in images])
 
 

@@ -57,6 +57,8 @@ OLD_REGRESSION = f'{REGRESSION} --lesion_head False --regression_lr 1e-3 --regre
 HEAVY = f'{POST} --lesion_odds 1 --detail_lr_scale 0.5 --post_steps 150'
 BEFORE = f'{POST} --lesion_head False --detail_lr_scale 0.5 --post_steps 300'
 EARLIER = AAE, UNET, f'{OLD_REGRESSION} --w_lesion 0', BEFORE
+OLD_START = f'{REGRESSION} --w_lesion 0 --label_head False --regression_steps 900'
+OLD_POST = f'{POST} --label_head False --detail_lr_scale 0.5 --post_steps 100'
 STEPS_HALF = '--aae_steps 60', '--unet_steps 60', '--regression_steps 750', '--post_steps 150'
 STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000', '--post_steps 600'
 
@@ -150,26 +152,34 @@ TRIALS = [
 
     # Amyloid.
     Trial('amyloid/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=MORE),
+    Trial('amyloid/start', 'the regression with label head that stage 3 starts from', (), 'amyloid/ours',
+          '--stage regression', THREE, BOTH),
     Trial('amyloid/regression', 'regression U-Net on the image grid, equal time',
+          (f'{REGRESSION} --regression_steps 1300 --label_head False',), 'amyloid/ours', '--stage regression', THREE,
+          MORE),
+    Trial('amyloid/regression_head', 'regression U-Net with our label head, equal time',
           (f'{REGRESSION} --regression_steps 1300',), 'amyloid/ours', '--stage regression', THREE, MORE),
-    Trial('amyloid/start', 'the plain regression that stage 3 starts from', (), 'amyloid/ours', '--stage regression',
-          THREE, BOTH),
-    Trial('amyloid/weight_05', 'ours with weight 0.5 on the cortical composite', (f'{POST} --w_lesion 0.5',),
-          'amyloid/ours', sets=MORE),
-    Trial('amyloid/no_label', 'labels never read', (f'{UNET} --num_classes 0', f'{POST} --num_classes 0'),
-          'amyloid/ours', seeds=THREE),
-    Trial('amyloid/never_dropped', "IL-CLDM's way: label never dropped in training, absent at sampling",
-          (f'{UNET} --label_drop 0', f'{POST} --label_drop 0'), 'amyloid/ours', seeds=THREE),
-    Trial('amyloid/detail_lr_1', 'ours, the same learning rate for the detail branch', (f'{POST} --detail_lr_scale 1',),
-          'amyloid/ours', sets=VALIDATION),
-    Trial('amyloid/stage2', 'its latent network before post-training', (), 'amyloid/ours', '--stage unet'),
+    Trial('amyloid/no_head', 'ours without label head', (f'{REGRESSION} --w_lesion 0 --label_head False',
+                                                        f'{POST} --label_head False'), 'amyloid/ours', '', THREE, MORE),
     Trial('amyloid/label_given', 'the true label given at inference', (), 'amyloid/ours', '--label true', THREE),
-    Trial('amyloid/guidance2', 'the true label given, guidance 2', (), 'amyloid/ours', '--label true --guidance 2'),
-    Trial('amyloid/guidance4', 'the true label given, guidance 4', (), 'amyloid/ours', '--label true --guidance 4'),
-    Trial('amyloid/control', 'latent network trained on with w_image = w_lesion = 0',
-          (f'{LATENT} --w_image 0 --w_lesion 0',), 'amyloid/ours'),
-    Trial('amyloid/ddim50', '50 DDIM steps', (), 'amyloid/ours', DDIM),
     Trial('amyloid/il_cldm', "IL-CLDM's recipe at the demo's size, 50 DDIM steps, equal time",
           (f'{AAE} {ILCLDM} {PAPER_DDIM}', f'{UNET} {ILCLDM} {PAPER_DDIM} --unet_steps 1150'), '', PAPER_DDIM),
+
+    # Ours before the label head: only the latent network reads the label.
+    Trial('amyloid/earlier', 'ours before the label head', (*ALL[:2], OLD_START, OLD_POST), seeds=THREE, sets=MORE),
+    Trial('amyloid/earlier_start', 'the plain regression that it starts from', (), 'amyloid/earlier',
+          '--stage regression', THREE, BOTH),
+    Trial('amyloid/no_label', 'labels never read', (f'{UNET} --num_classes 0', f'{OLD_POST} --num_classes 0'),
+          'amyloid/earlier', seeds=THREE),
+    Trial('amyloid/never_dropped', "IL-CLDM's way: label never dropped in training, absent at sampling",
+          (f'{UNET} --label_drop 0', f'{OLD_POST} --label_drop 0'), 'amyloid/earlier', seeds=THREE),
+    Trial('amyloid/stage2', 'its latent network before post-training', (), 'amyloid/earlier', '--stage unet'),
+    Trial('amyloid/earlier_label_given', 'the true label given at inference', (), 'amyloid/earlier', '--label true',
+          THREE),
+    Trial('amyloid/guidance2', 'the true label given, guidance 2', (), 'amyloid/earlier', '--label true --guidance 2'),
+    Trial('amyloid/guidance4', 'the true label given, guidance 4', (), 'amyloid/earlier', '--label true --guidance 4'),
+    Trial('amyloid/control', 'latent network trained on with w_image = w_lesion = 0',
+          (f'{LATENT} --w_image 0 --w_lesion 0',), 'amyloid/earlier'),
+    Trial('amyloid/ddim50', '50 DDIM steps', (), 'amyloid/earlier', DDIM),
 ]
 BY_NAME = {trial.name: trial for trial in TRIALS}

@@ -13,14 +13,14 @@ NAMES = {file.stem for file in FILES}
 LEAVES = {'config', 'dataset', 'model', 'diffusion', 'losses', 'metrics', 'utils',
           'layers', 'stage', 'optim',                            # model.py and utils.py, split by name
           'volume', 'grid', 'splits', 'check', 'subject',        # dataset.py, split by name; it is their door
-          'quality', 'status',                                   # beside metrics.py: trust, amyloid status
+          'prior', 'quality', 'status',                              # beside metrics.py: trust, amyloid status
           'anatomy', 'stroke', 'amyloid', 'describe',            # the parts of phantom.py
           'experiment', 'charts', 'montage', 'report'}           # the parts of plot.py
 SCRIPTS = {'phantom', 'translate', 'evaluate', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot', 'benchmark',
            'study', 'trials', 'tables', 'monai_ldm',
            'timing', 'turns', 'conclusions', 'plain', 'peers'}           # the parts of benchmark.py
 MORE = {                                                         # what else a file may import of ours
-    'model': {'layers'},
+    'model': {'layers', 'prior'},
     'stage': {'utils'},
     'infer': {'translate', 'evaluate'},                          # infer.py, split by name
     'grid': {'volume'},

@@ -205,6 +205,17 @@ def test_inference_again_gives_equal_images_and_overwrites_nothing_silently(trai
         assert np.abs(image - first[name]).max() <= 1e-5 * np.ptp(first[name]), name
 
 
+def test_predictions_of_other_data_do_not_replace_those_there(trained, tmp_path, capsys):
+    task, settings, folder = trained
+    first = images(folder / 'pred')
+    words = settings['words']
+    (tmp_path / 'elsewhere').symlink_to(Path(words[words.index('--data_root') + 1]).resolve())
+    made_runs.call('infer', *words, '--data_root', str(tmp_path / 'elsewhere'))
+    assert 'made with other settings, are kept in' in capsys.readouterr().out
+    again = images(folder / 'pred')
+    assert first and all(np.array_equal(first[name], again[name]) for name in first)
+
+
 def test_ddim_with_samples_gives_a_map_of_their_spread(trained, capsys):
     task, settings, folder = trained
     first = images(folder / 'pred')
