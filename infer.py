@@ -39,7 +39,17 @@ from evaluate import (
     validate,
 )
 from model import fingerprint
-from translate import Model, Sampling, checkpoint_path, differing, load_aae, load_model, mean_prediction, translate
+from translate import (
+    Model,
+    Sampling,
+    checkpoint_path,
+    differing,
+    label_probability,
+    load_aae,
+    load_model,
+    mean_prediction,
+    translate,
+)
 
 # What the training scripts take from here: validation is inference by construction.
 __all__ = ['Model', 'Sampling', 'checkpoint_path', 'differing', 'load_aae', 'load_model', 'translate', 'evaluate',
@@ -127,11 +137,13 @@ def infer_split(cfg, run, model, spec, folder):
     if run.main:  # beside the settings they were fitted with, for the subjects to come
         fitted = record | dict(intervals=fits)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(fitted, f, indent=1), 'w')
-    qc, volumes, counts = {}, {}, {}
+    qc, volumes, counts, probable = {}, {}, {}, {}
 
     def keep(subject, pred, std):
         qc[subject.id] = check_source(model, subject)
         more = dict(qc=qc[subject.id], intervals=fits)
+        if (p := label_probability(run, model, subject.stacked)) is not None:
+            more['label_probability'] = probable[subject.id] = p
         write_prediction(folder / 'pred' / subject.id, subject, pred, std, spec, record | more)
         if subject.target is None:
             return
@@ -143,7 +155,7 @@ def infer_split(cfg, run, model, spec, folder):
     unseen = cfg.split not in ('train', 'validation')
     rows, errors = evaluate(run, predict, spec, ids, quick=False, label='translate', on_subject=keep,
                             intervals=fits if unseen else None)
-    qc, volumes, counts = (dict(run.gather(found.items())) for found in (qc, volumes, counts))
+    qc, volumes, counts, probable = (dict(run.gather(found.items())) for found in (qc, volumes, counts, probable))
     flagged = [f'{id}: {text}' for id, text in sorted(qc.items()) if text not in ('ok', '')]
     if flagged and run.main:
         print(f'{len(flagged)} subjects have a source unlike the training set:', *flagged, sep='\n  ')
@@ -156,6 +168,8 @@ def infer_split(cfg, run, model, spec, folder):
     if table.empty:
         return errors
     table = table.assign(qc=table['ID'].map(qc), num_steps=record['num_steps'], samples=cfg.samples)
+    if spec.num_classes == 2 and probable:
+        table['label_probability'] = [probable[id][1] for id in table['ID']]
 
     tables = {}
     for name, baseline in ({} if cfg.only_model else baselines(cfg, run, model, predict)).items():
@@ -166,7 +180,7 @@ def infer_split(cfg, run, model, spec, folder):
     if run.main:
         # validation_*.csv are training curves.
         name = folder / (cfg.split if cfg.split == 'test' else f'infer_{cfg.split}')
-        last = ['qc', 'num_steps', 'samples', 'seconds']
+        last = [c for c in ('label_probability', 'qc', 'num_steps', 'samples', 'seconds') if c in table]
         save_table(table[[c for c in table if c not in last] + last], f'{name}.csv')
         for baseline, t in tables.items():
             save_table(t, f'{name}_{baseline}.csv')
@@ -230,7 +244,9 @@ def infer_file(cfg, run, model, spec):
     pred, std = translate(run, model, subject.stacked, subject.id, Sampling.of(cfg), label)
     qc = check_source(model, subject)
     record = prediction_record(cfg, model, spec)
-    more = dict(source=origin, qc=qc, intervals=known_intervals(Path('result') / cfg.exp / 'inference.json', record))
+    p = label_probability(run, model, subject.stacked)
+    more = dict(label_probability=p) if p is not None else {}
+    more |= dict(source=origin, qc=qc, intervals=known_intervals(Path('result') / cfg.exp / 'inference.json', record))
     write_prediction(out, subject, pred, std, spec, record | more)
     if qc not in ('ok', ''):
         print(f'{subject.id}: the source is {qc}; do not trust the images')

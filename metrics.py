@@ -27,7 +27,7 @@ QUICK = ['psnr', 'ssim', 'mae', 'lesion_mae']                 # what quick_row r
 LESION_COLUMNS = ['lesion_mae', 'lesion_contrast_error', 'adc_lesion_bias', 'lesion_dice', 'lesion_dice_2ml',
                   'lesion_dice_ceiling', 'lesion_ml', 'lesion_avd_ml', 'lesion_detected', 'false_lesion_ml',
                   'lesion_rim_mae']
-NOT_SUMMARISED = ('ID', 'qc', 'status_pred', 'num_steps', 'samples', 'seconds')
+NOT_SUMMARISED = ('ID', 'qc', 'status_pred', 'label_probability', 'num_steps', 'samples', 'seconds')
 SIGNED = ('adc_lesion_bias', 'suvr_error')                    # the summary gives |.| of these a line of its own
 
 

@@ -226,6 +226,14 @@ def _sample_latents(model, source, cond, key, k, how, label):
     return sample(model.diffusion, net, z_T, how.sampler, how.num_steps, noise), features
 
 
+@torch.no_grad()
+def label_probability(run, model, source):
+    """The probability of each class from a subject's source alone (LabelPrior), as a list; None without label head."""
+    if model.prior is None:
+        return None
+    return [round(p, 4) for p in model.prior(torch.from_numpy(source).to(run.device)).mean(0).tolist()]
+
+
 def mean_prediction(mean_image, subject):
     """The training set's mean image on a subject's grid, slices matched by distance from the brain's middle one."""
     rows = np.flatnonzero(subject.mask.reshape(len(subject.mask), -1).any(1))

@@ -321,6 +321,42 @@ def test_the_error_of_the_image_reaches_the_logit_of_a_regression_only(with_imag
     assert of_logit.any()
 
 
+@pytest.mark.parametrize('lesion_head', [False, True])
+def test_label_head_mixes_one_image_a_class(lesion_head):
+    net = awake(PixelUNet(3, 1, 2, True, (8, 16), feature_channels=4, lesion_head=lesion_head, classes=3))
+    with torch.no_grad():
+        net.prior.weight.normal_()
+    source, image = torch.rand(2, 1, 8, 12, 8) * 2 - 1, torch.randn(2, 2, 8, 12, 8)
+    features = torch.randn(2, 4, 2, 3, 2)
+
+    def pred(shares=None, **more):
+        return net(source, image, features, shares=shares, **more)
+
+    ends = [pred(torch.eye(3)[[c, c]]) for c in range(3)]
+    assert all(float((ends[c] - ends[0]).abs().mean()) > 1e-3 for c in (1, 2))
+    p = net.prior(source)
+    shares = p ** 2 / (p ** 2).sum(1, keepdim=True)
+    assert float(p.std()) > 0.05
+    mixed = sum(shares[:, c].view(2, 1, 1, 1, 1) * ends[c] for c in range(3))
+    torch.testing.assert_close(pred(), mixed, rtol=1e-4, atol=1e-4)
+    given = net.prior.shares(source, torch.tensor([2, 3]))  # 3: unknown
+    torch.testing.assert_close(given, torch.stack([torch.tensor([0.0, 0, 1]), shares[1]]))
+    torch.testing.assert_close(pred(given)[0], ends[2][0])
+    logit = pred(logit=True)[1]
+    assert (logit is not None) == lesion_head
+
+
+def test_detail_branch_takes_the_prior_of_the_regression_it_starts_as():
+    regression = awake(PixelUNet(3, 1, 1, False, (8, 16), classes=2))
+    with torch.no_grad():
+        regression.prior.weight.normal_()
+    detail = awake(PixelUNet(3, 1, 1, True, (8, 16), feature_channels=4, classes=2), seed=1)
+    detail.start_from(regression)
+    source = torch.rand(1, 1, 8, 8, 8)
+    torch.testing.assert_close(detail(source, torch.randn(1, 1, 8, 8, 8), torch.randn(1, 4, 2, 2, 2)),
+                               regression(source), rtol=1e-5, atol=1e-5)
+
+
 def test_without_a_lesion_head_there_is_no_logit():
     source = torch.randn(1, 3, 8, 8)
     pred, logit = awake(PixelUNet(2, 3, 2, False, (8, 16)))(source, logit=True)

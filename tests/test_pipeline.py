@@ -481,11 +481,13 @@ def test_labels_of_other_splits_reach_neither_training_nor_prediction(trained, d
     for name, rows in (('true', lines), ('turned', turned), ('removed', removed)):
         data_info.write_text('\n'.join([head, *rows]) + '\n')
         words = (*settings['words'], '--exp', f'labels_{name}', '--init_from', settings['exp'], '--unet_steps', '3',
-                 '--post_steps', '2')
+                 '--post_steps', '2', '--regression_steps', '3')
+        made_runs.call('train_unet', *words, '--regression', 'True')
         for script in ('train_unet', 'post_train', 'infer'):
             made_runs.call(script, *words)
         place = Path('result', f'labels_{name}')
-        parts = [made_runs.loaded(place / f'last_{stage}.pth.tar')['parts'] for stage in ('unet', 'post')]
+        parts = [made_runs.loaded(place / f'last_{stage}.pth.tar')['parts'] for stage in ('unet', 'post', 'regression')]
+        assert parts[2]['net']['prior.bias'].any()  # the regression has a label head
         found[name] = dict(parts=parts, curve=made_runs.curve(place / 'validation_post.csv'),
                            images={k: v.tolist() for k, v in images(place / 'pred').items()})
     assert made_runs.differences(found['true'], found['turned']) == []
@@ -508,6 +510,30 @@ def test_labels_of_the_training_subjects_do_reach_it(trained, data_info):
         flipped = [','.join([id, str(1 - int(label)), *rest]) for id, label, *rest in rows]
         data_info.write_text('\n'.join([head, *flipped]) + '\n')
     assert made_runs.differences(*found)
+
+
+def test_the_probability_of_the_label_is_written_and_mixes_the_images(trained):
+    task, settings, folder = trained
+    words = (*settings['words'], '--exp', 'label_head', '--init_from', settings['exp'], '--regression_steps', '40')
+    made_runs.call('train_unet', *words, '--regression', 'True')
+    found = {}
+    for label in ('unknown', *(('0', '1') if task == 'mri2pet' else ())):
+        made_runs.call('infer', *words, '--stage', 'regression', '--label', label)
+        rows = {row['ID']: row for row in table(Path('result/label_head/test.csv'))}
+        found[label] = images(Path('result/label_head/pred'))
+        records = {id: json.loads(Path('result/label_head/pred', id, 'prediction.json').read_text()) for id in rows}
+        if task == 'ctp2dwi':  # no labels: no label head
+            assert not any('label_probability' in row for row in [*rows.values(), *records.values()])
+            return
+        assert all(sum(record['label_probability']) == pytest.approx(1, abs=1e-3) for record in records.values())
+        assert all(float(rows[id]['label_probability']) == records[id]['label_probability'][1] for id in rows)
+    for name, image in found['unknown'].items():
+        p = [q ** 2 for q in records[Path(name).parent.name]['label_probability']]
+        negative, positive = found['0'][name], found['1'][name]
+        assert np.abs(positive - negative).max() > 0.01
+        inside = (negative > 0.05) & (negative < 2.9) & (positive > 0.05) & (positive < 2.9)  # not clipped
+        mixed = (p[0] * negative + p[1] * positive) / sum(p)
+        assert np.abs(image - mixed)[inside].max() < 0.02, name
 
 
 def test_a_label_given_at_inference_changes_the_image_and_is_said(trained, capsys):
