@@ -29,6 +29,7 @@ import train_unet
 import utils
 from diffusion import Diffusion
 from model import AAE, PixelUNet, UNet, latent_grid
+from prior import classes_of
 from translate import Model, Sampling, translate
 
 LATER = '--disc_start', '0', '--disc_ramp', '1'
@@ -208,7 +209,8 @@ def networks(run, cfg):
                        cfg.checkpointing), latent_grid(cfg.image_size))
     diffusion = Diffusion(cfg.predict, cfg.schedule, cfg.timesteps, cfg.loss_weight, cfg.last_step_share)
     detail = place(PixelUNet(cfg.spatial_dims, *channels, True, cfg.detail_channels,
-                             feature_channels=unet.feature_channels)) if cfg.detail_branch else None
+                             feature_channels=unet.feature_channels, lesion_head=cfg.lesion_head,
+                             classes=classes_of(cfg, cfg))) if cfg.detail_branch else None
     return Model(aae.eval().requires_grad_(False), unet, diffusion.to(run.device), detail, prep={})
 
 
