@@ -130,7 +130,7 @@ def main():
             some = run.to_device(cohort.some())
             model.detail.whiten.start_from(some['source'], some['mask'])
             del some
-            if model.detail.prior is not None:
+            if model.detail.prior is not None and run.main:
                 model.detail.prior.fit(cohort)
             origin, scale = 'at zero', 1
     trained = torch.nn.ModuleDict({'unet': model.unet})

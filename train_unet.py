@@ -117,7 +117,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
                               lesion_head=cfg.lesion_head, classes=classes_of(cfg, spec)))
     some = run.to_device(cohort.some())
     recompute_blocks(net, cfg.checkpointing)
-    if net.prior is not None:
+    if net.prior is not None and run.main:
         net.prior.fit(cohort)
     net.whiten.start_from(some['source'], some['mask'])
     del some
