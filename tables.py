@@ -48,6 +48,7 @@ TABLES = [  # title, the first line, the others, sets
       'stroke/plain_lr_2e3'], VALIDATION),
     ('Recipes, amyloid', 'amyloid/ours', ['amyloid/start', 'amyloid/regression', 'amyloid/regression_head',
                                           'amyloid/no_head', 'amyloid/earlier'], MORE),
+    ("The rival's rate, amyloid", 'amyloid/regression', ['amyloid/regression_lr_half'], VALIDATION),
     ('Label conditioning', 'amyloid/ours', ['amyloid/no_head', 'amyloid/no_label', 'amyloid/never_dropped',
                                             'amyloid/il_cldm', 'amyloid/label_given'], TEST),
     ('Before the label head: label conditioning', 'amyloid/earlier',
