@@ -136,7 +136,7 @@ PRESETS = {
         spacing=(4, 4, 4), image_size=(40, 48, 40), batch_size=4, eval_batch=4,
         aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
-        regression_channels=(16, 32, 48), regression_steps=950, regression_lr=1e-3,
+        regression_channels=(16, 32, 48), regression_steps=950,
         aae_steps=100, unet_steps=150, post_steps=40, eval_every=150, save_every=150,
         disc_start=30, disc_ramp=30),
     # Full size, our recipe: LAPT's geometry and scale.

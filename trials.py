@@ -57,7 +57,7 @@ OLD_REGRESSION = f'{REGRESSION} --lesion_head False --regression_lr 1e-3 --regre
 HEAVY = f'{POST} --lesion_odds 1 --detail_lr_scale 0.5 --post_steps 150'
 BEFORE = f'{POST} --lesion_head False --detail_lr_scale 0.5 --post_steps 300'
 EARLIER = AAE, UNET, f'{OLD_REGRESSION} --w_lesion 0', BEFORE
-OLD_START = f'{REGRESSION} --w_lesion 0 --label_head False --regression_steps 900'
+OLD_START = f'{REGRESSION} --w_lesion 0 --label_head False --regression_lr 1e-3 --regression_steps 900'
 OLD_POST = f'{POST} --label_head False --detail_lr_scale 0.5 --post_steps 100'
 STEPS_HALF = '--aae_steps 60', '--unet_steps 60', '--regression_steps 750', '--post_steps 150'
 STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000', '--post_steps 600'
@@ -157,9 +157,6 @@ TRIALS = [
     Trial('amyloid/regression', 'regression U-Net on the image grid, equal time',
           (f'{REGRESSION} --regression_steps 1300 --label_head False',), 'amyloid/ours', '--stage regression', THREE,
           MORE),
-    Trial('amyloid/regression_lr_half', 'the same at a rate of 5e-4',
-          (f'{REGRESSION} --regression_steps 1300 --label_head False --regression_lr 5e-4',), 'amyloid/ours',
-          '--stage regression', sets=VALIDATION),
     Trial('amyloid/regression_head', 'regression U-Net with our label head, equal time',
           (f'{REGRESSION} --regression_steps 1300',), 'amyloid/ours', '--stage regression', THREE, MORE),
     Trial('amyloid/no_head', 'ours without label head', (f'{REGRESSION} --w_lesion 0 --label_head False',
@@ -167,6 +164,17 @@ TRIALS = [
     Trial('amyloid/label_given', 'the true label given at inference', (), 'amyloid/ours', '--label true', THREE),
     Trial('amyloid/il_cldm', "IL-CLDM's recipe at the demo's size, 50 DDIM steps, equal time",
           (f'{AAE} {ILCLDM} {PAPER_DDIM}', f'{UNET} {ILCLDM} {PAPER_DDIM} --unet_steps 1150'), '', PAPER_DDIM),
+
+    # The same with all regressions at a rate of 1e-3.
+    Trial('amyloid/lr_high', 'ours, regression at 1e-3',
+          (*ALL[:2], f'{REGRESSION} --w_lesion 0 --regression_lr 1e-3', POST), seeds=THREE, sets=MORE),
+    Trial('amyloid/lr_high_start', 'the regression with label head that stage 3 starts from', (), 'amyloid/lr_high',
+          '--stage regression', THREE, BOTH),
+    Trial('amyloid/lr_high_label_given', 'the true label given at inference', (), 'amyloid/lr_high', '--label true',
+          THREE),
+    Trial('amyloid/regression_lr_high', 'regression U-Net on the image grid, at 1e-3, equal time',
+          (f'{REGRESSION} --regression_steps 1300 --label_head False --regression_lr 1e-3',), 'amyloid/lr_high',
+          '--stage regression', THREE, MORE),
 
     # Ours before the label head: only the latent network reads the label.
     Trial('amyloid/earlier', 'ours before the label head', (*ALL[:2], OLD_START, OLD_POST), seeds=THREE, sets=MORE),
