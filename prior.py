@@ -16,8 +16,8 @@ POWER = 2                                 # shares are p ** POWER: see LabelPrio
 
 
 def classes_of(cfg, spec):
-    """Number of classes that a label head mixes: those of the labels, for volumes; 0 without a head."""
-    return spec.num_classes if cfg.label_head and spec.spatial_dims == 3 else 0
+    """Number of classes that a label head mixes: those of the labels, two or more, of volumes; 0 without a head."""
+    return spec.num_classes if cfg.label_head and spec.spatial_dims == 3 and spec.num_classes > 1 else 0
 
 
 class LabelPrior(nn.Module):

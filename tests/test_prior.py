@@ -94,7 +94,7 @@ def test_the_histogram_knows_no_place_and_leaves_out_what_is_outside():
 
 
 @pytest.mark.parametrize('label_head, dims, classes, expected', [(True, 3, 2, 2), (False, 3, 2, 0), (True, 2, 2, 0),
-                                                                 (True, 3, 0, 0)])
+                                                                 (True, 3, 0, 0), (True, 3, 1, 0)])
 def test_it_is_for_volumes_with_labels(label_head, dims, classes, expected):
     spec = types.SimpleNamespace(spatial_dims=dims, num_classes=classes)
     assert classes_of(types.SimpleNamespace(label_head=label_head), spec) == expected
