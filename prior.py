@@ -50,9 +50,12 @@ class LabelPrior(nn.Module):
         The penalty is the one with the least log loss in a cross-validation of at most ten folds. Where a class has
         fewer than two subjects, the probabilities are the classes' shares of the subjects (one is added to each).
         """
-        items = [cohort.__getitems__([i]) for i in range(len(cohort))] if self.classes else []
-        self.fit_to(torch.cat([self.histogram(item['source']) for item in items]).numpy(),
-                    torch.cat([item['label'] for item in items]).numpy())
+        features, labels = [], []
+        for i in range(len(cohort)):  # one volume in memory at a time
+            item = cohort.__getitems__([i])
+            features.append(self.histogram(item['source']))
+            labels.append(item['label'])
+        self.fit_to(torch.cat(features).numpy(), torch.cat(labels).numpy())
 
     def fit_to(self, features, labels):
         """fit, from histograms (N, C * BINS) and labels (N,)."""
