@@ -129,7 +129,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
                         net=net, opt=opt, ema=ema, scaler=run.scaler):
         return
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
-    current, how = Model(None, regression=ema.net), Sampling.of(cfg)
+    trained, current, how = Model(None, regression=net), Model(None, regression=ema.net), Sampling.of(cfg)
 
     def predict(subject):
         return translate(run, current, subject.stacked, subject.id, how)
@@ -151,7 +151,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
         chunks = [batch[name].chunk(cfg.accumulate) for name in ('source', 'target', 'mask', 'lesion', 'label')]
         for source, target, mask, lesion, label in zip(*chunks, strict=True):
             with run.autocast():
-                pred, logit = net(source, logit=True, shares=net.prior.shares(source, label) if net.prior else None)
+                pred, logit = net(source, logit=True, shares=trained.shares(source, label))
             e_mask, e_lesion = losses.post_training_error(pred.float(), target, mask, lesion, 'l1', cfg.lesion_floor)
             e_head = losses.lesion_cross_entropy(logit, mask, lesion)
             total = cfg.w_image * e_mask + cfg.w_lesion * e_lesion + cfg.w_head * e_head
