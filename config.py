@@ -73,7 +73,7 @@ label_drop = 0.3                 # probability that a label is replaced by "unkn
 aae_steps = 120                  # optimiser steps of stage 1
 unet_steps = 120                 # of stage 2
 post_steps = 75                  # of stage 3
-batch_size = 16                  # samples a step and process; lower it when memory runs out
+batch_size = 16                  # samples a step and process; when memory runs out raise accumulate
 accumulate = 1                   # gradient accumulation: steps of batch_size / accumulate samples at a time
 optimizer = 'muon'               # muon (convolution kernels; AdamW for the rest) or adam
 lr = 1e-3                        # peak learning rate of stage 2 (warm-up, then cosine to 1 %)
@@ -136,7 +136,7 @@ PRESETS = {
         spacing=(4, 4, 4), image_size=(40, 48, 40), batch_size=4, eval_batch=4,
         aae_channels=(16, 32, 64), disc_channels=(16, 32),
         unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
-        regression_channels=(16, 32, 48), regression_steps=950,
+        regression_channels=(16, 32, 48), regression_steps=600,
         aae_steps=100, unet_steps=150, post_steps=40, eval_every=150, save_every=150,
         disc_start=30, disc_ramp=30),
     # Full size, our recipe: LAPT's geometry and scale.
@@ -146,7 +146,7 @@ PRESETS = {
         unet_channels=(224, 448, 896), unet_attention=(1, 2),
         cond_channels=64, cond_width=64, detail_channels=(64, 128, 256),
         regression_channels=(64, 128, 256), regression_steps=200000, regression_lr=1e-4,
-        aae_steps=100000, unet_steps=200000, post_steps=20000, detail_lr_scale=0.5,
+        aae_steps=100000, unet_steps=200000, post_steps=20000,
         batch_size=16, lr=1e-4, aae_lr=2e-4, post_lr=2e-5, warmup=1000, ema=0.9999, eval_every=5000, save_every=1000,
         disc_start=5000, disc_ramp=5000, shift=8),
     # Full size, our recipe: IL-CLDM's geometry and scale.
@@ -157,7 +157,7 @@ PRESETS = {
         unet_channels=(128, 128, 256, 512), unet_attention=(3,),
         cond_channels=32, cond_width=16, detail_channels=(16, 32, 64),
         regression_channels=(16, 32, 64), regression_steps=100000, regression_lr=1e-4,
-        aae_steps=50000, unet_steps=100000, post_steps=10000, detail_lr_scale=0.5,
+        aae_steps=50000, unet_steps=100000, post_steps=10000,
         batch_size=1, eval_batch=1, lr=1e-4, aae_lr=2e-4, post_lr=2e-5, warmup=1000, ema=0.9999,
         eval_every=5000, save_every=1000,
         disc_start=5000, disc_ramp=5000, shift=4, crop=(96, 96, 96), checkpointing=True),

@@ -156,10 +156,9 @@ def main():
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
     current, how, diffusion = averaged(model, ema.net), Sampling.of(cfg), model.diffusion
 
-    latent = Model(current.aae, current.unet, current.diffusion)  # row 0: without the detail branch
 
     def predict(subject):
-        return translate(run, current if step else latent, subject.stacked, subject.id, how)
+        return translate(run, current, subject.stacked, subject.id, how)
 
     if diffusion.predict == 'eps' and how.sampler == 'one_step':
         raise config.SettingError("sampler 'one_step' is refused: this network predicts eps; use --sampler ddim")
@@ -167,14 +166,14 @@ def main():
     for step in range(stage.step, cfg.post_steps + 1):
         last = step == cfg.post_steps
 
-        # Best: the lowest lesion error among those at most 0.2 dB below row 0, the U-Net of stage 2.
+        # Best: the lowest lesion error among those at most 0.2 dB below row 0 (stage 2, or the regression).
         if stage.must_evaluate(step):
             row = validate(run, predict, spec, validation_ids)
             base = stage.base or row
             score = -row['lesion_mae'] if row['lesion_mae'] == row['lesion_mae'] else row['psnr']  # nan without lesions
             if stage.validated(step, row, score if row['psnr'] >= base['psnr'] - 0.2 else -float('inf')):
                 extra = {name: ema.net[name].state_dict() if name in ema.net else None
-                         for name in ('decoder', *['detail'] * bool(step))}
+                         for name in ('decoder', 'detail')}
                 stage.save_best(net=ema.net['unet'].state_dict(), args=model.unet.args, diffusion=diffusion.args,
                                 aae=encoder_of, unet=began_as, prep=spec.travel(), qc=model.qc, **extra,
                                 detail_args=model.detail.args if cfg.detail_branch else None)
