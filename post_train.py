@@ -156,7 +156,6 @@ def main():
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
     current, how, diffusion = averaged(model, ema.net), Sampling.of(cfg), model.diffusion
 
-
     def predict(subject):
         return translate(run, current, subject.stacked, subject.id, how)
 
