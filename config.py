@@ -100,7 +100,8 @@ w_image = 0.5                    # weight of the error in the brain mask
 w_lesion = 0.3                   # weight of the error in the lesion
 lesion_head = True               # detail branch, regression: a head decides where the lesion is; False: plain
 w_head = 0.05                    # weight of its cross entropy with the lesion mask
-lesion_odds = 4.0                # stage 3, inference: the image holds this many times the head's odds of a lesion
+lesion_odds = 6.0                # stage 3, inference: the image holds this many times the head's odds of a lesion
+lesion_core = 0.7                # inference: within 6 mm of a voxel with more than this probability; 0: everywhere
 label_head = True                # detail branch, regression of volumes with labels: one image a class; False: one image
 lesion_floor = 0.1               # l1, l2_l1: a lesion below this share of the mask counts by its size, not fully
 post_last_step_share = 0.95      # last_step_share of stage 3
@@ -197,7 +198,7 @@ CHOICES = dict(
 MAY_BE_NONE = dict(init_from=str, mask=str, lesion=str, frames=int, frame_spacing=float, frame_interval=float,
                    crop=tuple, input=str, input_mask=str, out=str)
 ITEMS = dict(targets=(str,), scaling=(tuple, list), unit_scale=(int, float))
-AT_MOST_1 = ('ema', 'last_step_share', 'post_last_step_share', 'label_drop', 'dropout')
+AT_MOST_1 = ('ema', 'last_step_share', 'post_last_step_share', 'label_drop', 'dropout', 'lesion_core')
 POSITIVE = ('batch_size', 'accumulate', 'lr', 'aae_lr', 'regression_lr', 'post_lr', 'eval_every', 'save_every',
             'warmup', 'num_steps', 'samples', 'timesteps', 'latent_channels', 'cond_channels', 'cond_width',
             'eval_batch', 'grad_clip', 'aae_blocks', 'unet_blocks', 'frame_spacing', 'frame_interval', 'lesion_odds')

@@ -83,7 +83,7 @@ def prediction_record(cfg, model, spec):
                 weights=fingerprint(torch.nn.ModuleList(nets)), exp=cfg.exp, sampler=cfg.sampler,
                 num_steps=1 if cfg.sampler == 'one_step' else cfg.num_steps,
                 samples=cfg.samples, guidance=cfg.guidance, label=cfg.label, mirror=cfg.mirror, seed=cfg.seed,
-                lesion_odds=cfg.lesion_odds,
+                lesion_odds=cfg.lesion_odds, lesion_core=cfg.lesion_core,
                 units=units, settings=spec.travel())
 
 
@@ -120,7 +120,7 @@ def infer_split(cfg, run, model, spec, folder):
     if cfg.label == 'true':
         fitted = [id for split in ('train', 'validation') for id in dataset.read_split(cfg.data_info, split)]
         labels = dataset.read_labels(cfg.data_info, [*ids, *fitted], cfg.num_classes)
-    how = Sampling.of(cfg)
+    how = Sampling.of(cfg, spec)
     record = prediction_record(cfg, model, spec) | dict(split=cfg.split, data_root=cfg.data_root)
 
     def predict(subject, model=model):
@@ -241,7 +241,7 @@ def infer_file(cfg, run, model, spec):
     subject = dataset.load_subject(replace(spec, lesion=None), files=files, with_truth=False)
     print(*(f'Note: {note}' for note in subject.notes), sep='\n', end='\n' * bool(subject.notes))
     label = int(cfg.label) if cfg.label.isdigit() else None
-    pred, std = translate(run, model, subject.stacked, subject.id, Sampling.of(cfg), label)
+    pred, std = translate(run, model, subject.stacked, subject.id, Sampling.of(cfg, spec), label)
     qc = check_source(model, subject)
     record = prediction_record(cfg, model, spec)
     p = label_probability(run, model, subject.stacked)

@@ -269,7 +269,8 @@ class PixelUNet(nn.Module):
     tell the lesion (losses.lesion_cross_entropy): p = sigmoid(logit) is its probability, and what is there is decided,
     not averaged. q = sigmoid(logit + log(odds)): of a lesion's odds, p / (1 - p), the image holds `odds` times as much.
     In the detail branch the error of the image does not reach the logit: its lesion weight would make p too large.
-    forward(..., logit=True) -> (pred, logit (B, 1, *S), or None without lesion_head).
+    forward(..., logit=True) -> (pred, logit (B, 1, *S), or None without lesion_head); forward(..., apart=True) ->
+    (healthy, change, logit), to be put together later (translate.decide); (pred, None, None) without lesion_head.
 
     With classes (the label head) it gives one image a class, pred = image_0 + sum over c of share_c * change_c, so that
     what a label decides is not guessed by the network: shares (B, classes) are those of the known labels in training,
@@ -306,7 +307,7 @@ class PixelUNet(nn.Module):
     def level(dims, i, w, blocks):
         return [ResBlock(dims, w, w) if i else PlainBlock(dims, w) for _ in range(blocks)]
 
-    def forward(self, source, image=None, features=None, logit=False, odds=1.0, shares=None):
+    def forward(self, source, image=None, features=None, logit=False, odds=1.0, shares=None, apart=False):
         if self.prior is not None and shares is None:
             shares = self.prior.shares(source)
         x = self.whiten(source)
@@ -323,13 +324,15 @@ class PixelUNet(nn.Module):
             x = self.up[i](torch.cat([x, skips[i]], dim=1))
         pred, *more = self.out(x).split(self.parts, dim=1)
         change, lesion_logit = more[:2] if self.args['lesion_head'] else (None, None)
-        if change is not None:
-            q = (lesion_logit.float() + math.log(odds)).sigmoid()
-            pred = pred + (q if image is None else q.detach()) * change
         for c in range(1, self.args['classes']):
             pred = pred + shares[:, c].view(-1, *[1] * (pred.ndim - 1)) * more[c - self.args['classes']]
         if image is not None:
             pred = pred + self.share.view(-1, *[1] * (image.ndim - 2)) * image
+        if apart:
+            return pred, change, lesion_logit
+        if change is not None:
+            q = (lesion_logit.float() + math.log(odds)).sigmoid()
+            pred = pred + (q if image is None else q.detach()) * change
         return (pred, lesion_logit) if logit else pred
 
     @torch.no_grad()

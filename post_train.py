@@ -154,7 +154,7 @@ def main():
     if cfg.detail_branch and stage.step == 0:
         stage.log(f'the detail branch starts {origin}')
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
-    current, how, diffusion = averaged(model, ema.net), Sampling.of(cfg), model.diffusion
+    current, how, diffusion = averaged(model, ema.net), Sampling.of(cfg, spec), model.diffusion
 
     def predict(subject):
         return translate(run, current, subject.stacked, subject.id, how)
@@ -200,7 +200,7 @@ def main():
                     part = dict(weight=weight, voxels=(losses.count(mask), losses.count(lesion)))
                     z_0_hat, features = (cut(x, starts, cfg.crop, factor=4) for x in (z_0_hat, features))
                     source, target, mask, lesion = (cut(x, starts, cfg.crop) for x in (source, target, mask, lesion))
-                pred, logit = model.decode(z_0_hat, source, features, True, cfg.lesion_odds, shares)
+                pred, logit = model.decode(z_0_hat, source, features, shares, logit=True, odds=cfg.lesion_odds)
             errors = torch.stack([*losses.post_training_error(pred.float(), target, mask, lesion, cfg.post_loss,
                                                               cfg.lesion_floor, **part),
                                   losses.lesion_cross_entropy(logit, mask, lesion, **part)])  # (3, B)

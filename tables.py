@@ -24,8 +24,8 @@ TABLES = [  # title, the first line, the others, sets
      BOTH),
     ('Recipes, stroke', 'stroke/ours', ['stroke/regression', 'stroke/regression_plain', 'stroke/regression_head',
                                         'stroke/no_head', 'stroke/head_odds_1', 'stroke/earlier'], BOTH),
-    ('How much to believe in a lesion', 'stroke/ours', ['stroke/odds_1', 'stroke/odds_8', 'stroke/head_odds_1',
-                                                        'stroke/head_odds_1_weight_05'], BOTH),
+    ('How much to believe in a lesion', 'stroke/ours', ['stroke/everywhere', 'stroke/odds_1', 'stroke/odds_12',
+                                                        'stroke/head_odds_1', 'stroke/head_odds_1_weight_05'], BOTH),
     ('Loss, weights, decoder, without detail branch', 'stroke/no_detail',
      ['stroke/no_detail_weight_0', 'stroke/no_detail_weight_2', 'stroke/lapt_loss', 'stroke/frozen_decoder'], TEST),
     ('Recipes, stroke, one seed', 'stroke/ours',
@@ -62,7 +62,7 @@ TABLES = [  # title, the first line, the others, sets
      TEST),
 ]
 # The figure: lesion MAE against PSNR as the lesion's weight, or its odds in inference, grow.
-CURVES = {'ours: lesion_odds 1, 4, 8': ('stroke/odds_1', 'stroke/ours', 'stroke/odds_8'),
+CURVES = {'ours: lesion_odds 1, 6, 12': ('stroke/odds_1', 'stroke/ours', 'stroke/odds_12'),
           'before the odds: its start, w_lesion 0.3, 0.5': ('stroke/start_odds_1', 'stroke/head_odds_1',
                                                            'stroke/head_odds_1_weight_05'),
           'before the lesion head: its start, w_lesion 0.3, 0.5, 1': ('stroke/earlier_start', 'stroke/earlier',
@@ -71,7 +71,7 @@ CURVES = {'ours: lesion_odds 1, 4, 8': ('stroke/odds_1', 'stroke/ours', 'stroke/
               'stroke/control', 'stroke/no_detail_weight_0', 'stroke/no_detail', 'stroke/no_detail_weight_2'),
           "without detail branch, LAPT's loss": ('stroke/lapt_loss',),
           'regression U-Net: w_lesion 0, 0.3': ('stroke/regression_plain', 'stroke/regression'),
-          'regression U-Net with our lesion head, lesion_odds 4': ('stroke/regression_head',)}
+          'regression U-Net with our lesion head, lesion_odds 6': ('stroke/regression_head',)}
 
 
 def files(trial, group):

@@ -61,7 +61,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
         return
     qc = fit_quality(spec, cohort, validation_ids) if run.main else None
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
-    current, how = Model(model.aae, ema.net, diffusion), Sampling.of(cfg)
+    current, how = Model(model.aae, ema.net, diffusion), Sampling.of(cfg, spec)
 
     def predict(subject):
         return translate(run, current, subject.stacked, subject.id, how)
@@ -129,7 +129,8 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
                         net=net, opt=opt, ema=ema, scaler=run.scaler):
         return
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
-    trained, current, how = Model(None, regression=net), Model(None, regression=ema.net), Sampling.of(cfg)
+    trained, current = Model(None, regression=net), Model(None, regression=ema.net)
+    how = Sampling.of(cfg, spec)
 
     def predict(subject):
         return translate(run, current, subject.stacked, subject.id, how)

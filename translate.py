@@ -4,15 +4,19 @@ From source to prediction: the trained networks of an experiment, loaded from it
 Part of infer.py: validation during training and batch inference both go through `translate`.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import utils
 from diffusion import Diffusion, sample
 from model import AAE, PixelUNet, UNet, fingerprint, latent_grid
+
+CORE_REACH = 6  # mm: how far from a voxel that is surely a lesion lesion_odds count
 
 
 @dataclass
@@ -29,15 +33,15 @@ class Model:
     stage: str = 'aae'       # aae, unet, post or regression
     origin: str = ''         # which checkpoint, for people
 
-    def decode(self, z_0, source, features, logit=False, odds=1.0, shares=None):
+    def decode(self, z_0, source, features, shares=None, **how):
         """Latents (B, c, *s), source (B, C, *S), the U-Net's features -> images (B, K, *S): D(z_0), or g D(z_0) + R.
 
-        With logit=True (images, the lesion head's logit, or None without one). odds, shares: as PixelUNet takes them.
+        shares and how (logit, odds, apart): as PixelUNet takes them; what a lesion head gives is None without one.
         """
         pred = self.aae.decode(z_0)
-        if self.detail is None:
-            return (pred, None) if logit else pred
-        return self.detail(source, pred, features, logit, odds, shares)
+        if self.detail is not None:
+            return self.detail(source, pred, features, shares=shares, **how)
+        return (pred, None, None) if how.get('apart') else (pred, None) if how.get('logit') else pred
 
     @property
     def prior(self):
@@ -67,11 +71,14 @@ class Sampling:
     mirror: bool = False
     eval_batch: int = 32
     lesion_odds: float = 1.0
+    lesion_core: float = 0.0
+    reach: tuple = (1, 1, 1)  # CORE_REACH in voxels: slices, x, y of 2D items; x, y, z of volumes
 
     @classmethod
-    def of(cls, cfg):
+    def of(cls, cfg, spec):
+        voxels = [max(1, round(CORE_REACH / s)) if s else 1 for s in spec.spacing]
         return cls(cfg.sampler, cfg.num_steps, cfg.samples, cfg.guidance, cfg.seed, cfg.mirror, cfg.eval_batch,
-                   cfg.lesion_odds)
+                   cfg.lesion_odds, cfg.lesion_core, (1, *voxels[:2]) if spec.spatial_dims == 2 else tuple(voxels))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -170,35 +177,51 @@ def translate(run, model, source, key, how, label=None):
     std is over the decoded samples. how.mirror: all of it once more for the mirrored source, and the mean of both
     images. label: class number, or None for unknown. ValueError if one_step is asked of an eps network.
     """
-    preds, stds = [], []
-    for chunk in torch.from_numpy(np.ascontiguousarray(source)).split(how.eval_batch):
-        chunk = chunk.to(run.device)
+    source = torch.from_numpy(np.ascontiguousarray(source))
+    images = _translate_view(run, model, source, key, how, label)
+    if how.mirror:
+        images = (images + _translate_view(run, model, source.flip(2), key, how, label).flip(3)) / 2
+    return images[0].numpy(), images[1:].std(0).numpy() if len(images) > 1 else None
+
+
+def _translate_view(run, model, source, key, how, label):
+    """All items of a subject (N, C, *S) -> (1, N, K, *S), the prediction; with how.samples = m > 1 m samples follow."""
+    chunks = []
+    for chunk in source.split(how.eval_batch):
         with run.autocast():
-            images = _translate_items(model, chunk, key, how, label)
-            if how.mirror:
-                images = (images + _translate_items(model, chunk.flip(2), key, how, label).flip(3)) / 2
-        preds.append(images[0].cpu())
-        if len(images) > 1:
-            stds.append(images[1:].std(0).cpu())
-    return torch.cat(preds).numpy(), torch.cat(stds).numpy() if stds else None
+            images = _translate_items(model, chunk.to(run.device), key, how, label)
+        chunks.append([[x if x is None else x.float().cpu() for x in image] for image in images])
+    return torch.stack([decide(*[None if parts[0] is None else torch.cat(parts) for parts in zip(*image, strict=True)],
+                               how) for image in zip(*chunks, strict=True)])
 
 
 def _translate_items(model, source, key, how, label):
-    """Source (n, C, *S) -> (1, n, K, *S), the prediction; with how.samples = m > 1 the m decoded samples follow it."""
+    """Source (n, C, *S) -> [(healthy, change, logit)] of the prediction and, how.samples > 1, each decoded sample."""
     shares = model.shares(source, None if label is None else torch.full((len(source),), label, device=source.device))
     if model.regression is not None:
-        return with_probability(*model.regression(source, logit=True, odds=how.lesion_odds, shares=shares))[None]
+        return [model.regression(source, shares=shares, apart=True)]
     cond = model.unet.encode_source(source)
     samples = [_sample_latents(model, source, cond, key, k, how, label) for k in range(how.samples)]
     mean = [torch.stack(parts).mean(0) for parts in zip(*samples, strict=True)]
-    images = [mean, *samples] if how.samples > 1 else [mean]
-    images = [model.decode(z_0, source, features, True, how.lesion_odds, shares) for z_0, features in images]
-    return torch.stack([with_probability(*image) for image in images])
+    return [model.decode(z_0, source, features, shares, apart=True)
+            for z_0, features in ([mean, *samples] if how.samples > 1 else [mean])]
 
 
-def with_probability(pred, logit):
-    """Images (n, K, *S) float32 and, where there is a lesion head, the probability as channel K + 1."""
-    return pred.float() if logit is None else torch.cat([pred.float(), logit.float().sigmoid()], dim=1)
+def decide(healthy, change, logit, how):
+    """The images of all items of a subject (N, K, *S), and the lesion's probability as channel K + 1.
+
+    healthy + q change, q = sigmoid(logit + log(odds)) (PixelUNet). The odds count only near a voxel that is surely a
+    lesion, p > how.lesion_core: at most how.reach voxels from it along each axis (slices of 2D items are an axis, the
+    first). Elsewhere q = p: what might be a lesion, and is none in most cases, is not made one.
+    """
+    if logit is None:
+        return healthy
+    more = math.log(how.lesion_odds)
+    if how.lesion_core > 0:
+        volume = logit[None].movedim(2, 1) if logit.ndim == 4 else logit  # slices (N, 1, X, Y) -> (1, 1, N, X, Y)
+        best = F.max_pool3d(volume, [2 * r + 1 for r in how.reach], stride=1, padding=how.reach)
+        more = more * (best.view_as(logit).sigmoid() > how.lesion_core)
+    return torch.cat([healthy + (logit + more).sigmoid() * change, logit.sigmoid()], dim=1)
 
 
 def _sample_latents(model, source, cond, key, k, how, label):

@@ -46,6 +46,7 @@ BOTH, MORE, VALIDATION = ('test', 'shifted'), ('test', 'shifted', 'validation'),
 LATENT = f'{POST} --detail_branch False --post_steps 300'
 LONG = f'{REGRESSION} --regression_steps 2600'
 PLAIN = f'{LONG} --w_lesion 0 --lesion_head False'
+EVERYWHERE = '--lesion_odds 4 --lesion_core 0'
 LAPT_LOSS = '--post_loss lapt --w_diffusion 1 --w_image 0.01 --w_lesion 0.02'
 LAPT = '--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam --context 0'
 ILCLDM = ('--predict eps --schedule linear --normalise_latents False --last_step_share 0 --latent_channels 1 '
@@ -70,13 +71,15 @@ TRIALS = [
     Trial('stroke/start_odds_1', 'the same, lesion_odds 1', (), 'stroke/ours', '--stage regression --lesion_odds 1',
           THREE, BOTH),
     Trial('stroke/odds_1', 'ours, lesion_odds 1 in inference', (), 'stroke/ours', '--lesion_odds 1', THREE, BOTH),
-    Trial('stroke/odds_8', 'ours, lesion_odds 8 in inference', (), 'stroke/ours', '--lesion_odds 8', THREE, BOTH),
+    Trial('stroke/odds_12', 'ours, lesion_odds 12 in inference', (), 'stroke/ours', '--lesion_odds 12', THREE, BOTH),
+    Trial('stroke/everywhere', 'ours with odds 4 everywhere, not only near a sure voxel', (f'{POST} {EVERYWHERE}',),
+          'stroke/ours', EVERYWHERE, THREE, MORE),
     Trial('stroke/regression', 'regression U-Net on the image grid, the same lesion weight, equal time',
           (f'{LONG} --lesion_head False',), 'stroke/ours', '--stage regression', THREE, BOTH),
     Trial('stroke/regression_plain', 'regression U-Net on the image grid, no lesion weight, equal time',
           (PLAIN,), 'stroke/ours', '--stage regression', THREE, BOTH),
     Trial('stroke/regression_head', 'regression U-Net with our lesion head and odds, equal time',
-          (f'{LONG} --w_lesion 0',), 'stroke/ours', '--stage regression', (0, 2), BOTH),
+          (f'{LONG} --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, BOTH),
     Trial('stroke/no_head', 'ours without lesion head',
           (f'{REGRESSION} --w_lesion 0 --lesion_head False', f'{POST} --lesion_head False'), 'stroke/ours', sets=BOTH),
     Trial('stroke/head_odds_1', 'ours before the odds: the lesion weight alone moves the lesion', (*ALL[:3], HEAVY),

@@ -1,4 +1,5 @@
 """From source to prediction, with networks of random weights."""
+import dataclasses
 from pathlib import Path
 
 import made_data
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+import config
+import dataset
 import evaluate
 import utils
 from diffusion import Diffusion
 from model import AAE, PixelUNet, UNet
-from translate import Model, Sampling, translate
+from translate import Model, Sampling, decide, translate
 
 
 def model(dims, kind):
@@ -64,6 +67,44 @@ def test_lesion_odds_move_the_image_and_not_the_probability(kind):
     p, steps = one[:, 2:], (three[:, :2] - one[:, :2], nine[:, :2] - one[:, :2])
     q = [odds * p / (1 - p + odds * p) - p for odds in (3, 9)]  # what the odds add to p, the same image both times
     assert np.abs(steps[0]).max() > 1e-3 and np.allclose(steps[0] * q[1], steps[1] * q[0], atol=1e-5)
+
+
+@pytest.mark.parametrize('dims', [2, 3])
+def test_odds_count_only_near_what_is_surely_a_lesion(dims):
+    p = torch.full((6, 1, 9, 8) if dims == 2 else (1, 1, 6, 9, 8), 0.25)
+    p[(2, 0, 4, 1) if dims == 2 else (0, 0, 2, 4, 1)] = 0.75
+    healthy, change, logit = torch.zeros_like(p), torch.ones_like(p), p.logit()
+
+    def image(**how):
+        found = decide(healthy, change, logit, Sampling(lesion_odds=6, **how))
+        assert torch.allclose(found[:, 1:], p)
+        return found[:, 0].reshape(6, 9, 8)
+
+    high, low = 6 * 0.25 / (0.75 + 6 * 0.25), 0.25
+    assert torch.allclose(image()[0], torch.tensor(high))  # without a core everywhere
+    near = torch.zeros(6, 9, 8, dtype=torch.bool)
+    near[1:4, 2:7, :4] = True                              # slices, x, y; cut off at the border
+    found = image(lesion_core=0.7, reach=(1, 2, 2))
+    assert torch.allclose(found[2, 4, 1], torch.tensor(18 / 19))
+    found[2, 4, 1] = high
+    assert torch.allclose(found, torch.where(near, high, low))
+    assert torch.allclose(image(lesion_core=0.8, reach=(1, 2, 2)), p.reshape(6, 9, 8))
+
+
+def test_neighbouring_slices_count_beyond_a_chunk():
+    net, run = model(2, 'head'), utils.Run('cpu', 'fp32')
+    source = np.random.default_rng(0).normal(size=(5, 3, 16, 8)).astype(np.float32)
+    how = dict(lesion_odds=9, lesion_core=0.9, reach=(1, 2, 2))
+    one, all_, off = (translate(run, net, source, 'sub', Sampling(eval_batch=n, **how | more))[0]
+                      for n, more in ((1, {}), (5, {}), (5, dict(lesion_core=0))))
+    assert np.allclose(one, all_, atol=1e-5) and not np.allclose(all_, off, atol=1e-2)
+
+
+def test_reach_is_six_millimetres():
+    cfg = config.load('', [])
+    spec = dataset.Spec.from_settings(cfg)
+    for spacing, dims, reach in (((3, 3, None), 2, (1, 2, 2)), ((1, 2, 5), 2, (1, 6, 3)), ((1, 4, 20), 3, (6, 2, 1))):
+        assert Sampling.of(cfg, dataclasses.replace(spec, spacing=spacing, spatial_dims=dims)).reach == reach
 
 
 def test_figures_of_the_lesion_head_by_hand():
