@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 LOOKS = {'': ('#0072B2', 'o'), 'unet': ('#E69F00', 's'), 'regression': ('#009E73', 'D'), 'aae': ('#7F7F7F', '^'),
          'mean': ('#CC79A7', 'v')}
 NAMES = {'': 'this model', 'unet': 'stage 2, before post-training', 'regression': 'regression U-Net',
-         'aae': 'AAE of the truth (ceiling)', 'mean': 'mean training image'}
+         'aae': 'autoencoder (given the true image)', 'mean': 'mean training image'}
 STAGES = {'aae': 'stage 1: autoencoder', 'unet': 'stage 2: latent U-Net', 'post': 'stage 3: post-training',
           'regression': 'regression U-Net'}
 COLOURS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#7F7F7F']

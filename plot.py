@@ -230,8 +230,8 @@ def draw_figures(spec, run, fig, faults):
         panels = [panel for panel in charts.PANELS[task] if panel[0] in known]
         if panels:
             charts.draw_metrics(path, lines, run.models, panels, ceilings(run.test))
-            figures.append((path, f'Mean and bootstrap 95 % interval. {STAR} The AAE of the truth has seen the true '
-                                  'image: it is the ceiling of the latent space, not a rival.' + (
+            figures.append((path, f'Mean and bootstrap 95 % interval. {STAR} The autoencoder has seen the true image: '
+                                  'it bounds what goes through the latent alone, and is no rival.' + (
                                       ' Dice: of lesions above 2 ml.' if task == 'ctp2dwi' else '')))
     path = fig / 'scatter.png'
     if 'true_ml' in facts:
