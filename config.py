@@ -43,6 +43,7 @@ unit_scale = {'source': 1, 'dwi': 1, 'adc': 1}     # factor on a file's values, 
 num_classes = 0                  # number of label values in data_info.csv; 0: labels are not read
 flip = True                      # augmentation: left-right flips
 shift = 2                        # augmentation: shifts by up to this many voxels
+trim = True                      # compute only in the box around the brain, slices of like size together
 workers = 0                      # loading processes; 0: the training process reads the cache itself
 
 # Networks
@@ -134,12 +135,10 @@ PRESETS = {
     'mri2pet_demo': dict(
         _MRI2PET_DATA, exp='exp_mri2pet_demo', data_root='data/phantom_mri2pet',
         data_info='data/phantom_mri2pet/data_info',
-        spacing=(4, 4, 4), image_size=(40, 48, 40), batch_size=4, eval_batch=4,
-        aae_channels=(16, 32, 64), disc_channels=(16, 32),
-        unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
-        regression_channels=(16, 32, 48), regression_steps=600,
-        aae_steps=100, unet_steps=150, post_steps=40, eval_every=150, save_every=150,
-        disc_start=30, disc_ramp=30),
+        spacing=(4, 4, 4), image_size=(40, 48, 40), batch_size=4, eval_batch=4, aae_channels=(16, 32, 64),
+        disc_channels=(16, 32), unet_channels=(64, 96), cond_width=16, cond_channels=32, detail_channels=(16, 32, 48),
+        regression_channels=(16, 32, 48), regression_steps=600, aae_steps=100, unet_steps=150, post_steps=40,
+        eval_every=150, save_every=150, disc_start=30, disc_ramp=30),
     # Full size, our recipe: LAPT's geometry and scale.
     'ctp2dwi': dict(
         exp='exp_ctp2dwi', data_root='data/ctp2dwi', data_info='data_info', spacing=(1, 1, None), image_size=(192, 224),
@@ -173,8 +172,9 @@ PRESETS = {
         detail_branch=False, predict='eps', schedule='scaled_linear', last_step_share=0, label_drop=0,
         aae_steps=100000, unet_steps=200000, post_steps=20000, batch_size=6, lr=4.8e-5,
         aae_lr=4.5e-6 * 8, post_lr=1.2e-5, warmup=1, optimizer='adam', ema=0.9999, eval_every=5000, save_every=1000,
-        disc_start=5000, disc_ramp=1, flip=False, shift=0, post_loss='lapt', lambda_t='linear', w_diffusion=1.0,
-        w_image=0.01, w_lesion=0.02, post_last_step_share=0, tune_decoder=False, sampler='ddim', mirror=False),
+        disc_start=5000, disc_ramp=1, flip=False, shift=0, trim=False, post_loss='lapt', lambda_t='linear',
+        w_diffusion=1.0, w_image=0.01, w_lesion=0.02, post_last_step_share=0, tune_decoder=False, sampler='ddim',
+        mirror=False),
     # Departures of il_cldm: the label is known in training and absent at sampling as published, but through the learned
     # "unknown" embedding; stage 3 does not exist there (post_steps = 0); best checkpoint by psnr alone; 999 steps
     # become T; no norms in the decoder at full resolution.
@@ -185,8 +185,8 @@ PRESETS = {
         unet_channels=(128, 128, 256, 512), unet_attention=(3,), cond_channels=1, cond_width=16, detail_branch=False,
         predict='eps', schedule='linear', last_step_share=0, label_drop=0, aae_steps=50000, unet_steps=100000,
         post_steps=0, batch_size=1, eval_batch=1, lr=1e-4, aae_lr=1e-4, warmup=1, optimizer='adam', ema=0.9999,
-        eval_every=5000, save_every=1000, disc_start=1000, disc_ramp=1, flip=False, shift=0, checkpointing=True,
-        sampler='ddpm', num_steps=1000, mirror=False, w_diffusion=1.0, post_last_step_share=0),
+        eval_every=5000, save_every=1000, disc_start=1000, disc_ramp=1, flip=False, shift=0, trim=False,
+        checkpointing=True, sampler='ddpm', num_steps=1000, mirror=False, w_diffusion=1.0, post_last_step_share=0),
 }
 # Your own data: PRESETS['mine'] = dict(PRESETS['ctp2dwi'], exp=..., data_root=..., data_info=...); README, Layouts.
 

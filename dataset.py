@@ -1,6 +1,6 @@
 """
-The data set: cached training samples of a list of subjects, their loader and augmentation. Behind it: subject.py (one
-subject in and out), volume.py, grid.py (one volume), splits.py (which file is whose, who is in which split), check.py.
+The data set: cached training samples of a list of subjects. Behind it: loader.py (batches, augmentation), subject.py
+(one subject in and out), volume.py, grid.py (one volume), splits.py (which file is whose, in which split), check.py.
 
 python dataset.py                            check every file of every split; a line per fault, exit 1 if there is one
 python dataset.py --make_splits 0.7,0.1,0.2  write train.txt, validation.txt, test.txt for the subjects that are found
@@ -14,6 +14,7 @@ import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from urllib.parse import quote
 
 import numpy as np
@@ -21,12 +22,14 @@ import torch
 from tqdm import tqdm
 
 import check
+import grid
+from loader import BACKGROUND, Boxed, augment, cut, loader
 from splits import find_ids, label_of, make_splits, read_labels, read_lists, read_split, read_table
 from subject import Spec, Subject, load_subject, scaling_range
 from volume import DataError, failure, write_volume
 
-__all__ = ['Spec', 'Subject', 'Cohort', 'DataError', 'load_subject', 'loader', 'augment', 'read_split', 'read_labels',
-           'read_lists', 'make_splits', 'scaling_range', 'write_volume']
+__all__ = ['Spec', 'Subject', 'Cohort', 'DataError', 'BACKGROUND', 'load_subject', 'loader', 'augment', 'read_split',
+           'read_labels', 'read_lists', 'make_splits', 'scaling_range', 'write_volume']
 
 CACHE_VERSION = 2  # raise it when the preprocessing changes: older caches are then built anew
 
@@ -79,6 +82,37 @@ class Cohort(torch.utils.data.Dataset):
         """All samples of one subject as a batch."""
         return self.__getitems__(range(int(self.ends[number - 1]) if number else 0, int(self.ends[number])))
 
+    @cached_property
+    def extents(self):
+        """First voxel and end of each sample's mask along each axis, (len, dims, 2)."""
+        found, mask = [], torch.empty(self.size)
+        for path, offset, shape in self.files:
+            with open(path, 'rb', buffering=0) as file:
+                for sample in range(shape[0]):
+                    file.seek(offset + ((sample + 1) * shape[1] - 2) * 4 * mask.numel())
+                    _read_into(file, mask, path)
+                    found.append(grid.extent(mask.numpy() > 0))
+        return np.array(found)
+
+    def boxed(self, numbers, shift=0, rng=None):
+        """Boxed: the samples in the smallest box that holds each one's brain, at a random place in it (rng).
+
+        The box has `shift` voxels more than the largest brain along each axis: so far, at least, all brains move.
+        """
+        extents = self.extents[numbers]
+        size = grid.box_size(extents, self.size, shift)
+        room = np.array(size) - (extents[..., 1] - extents[..., 0])
+        moved = room // 2 if rng is None else rng.integers(0, room + 1)
+        return Boxed([int(n) for n in numbers], (extents[..., 0] - moved).tolist(), size)
+
+    def in_order(self, at_most):
+        """All samples in lists of at most so many, to be read one by one; with spec.trim boxed, by size."""
+        numbers = np.arange(len(self))
+        if self.spec.trim:
+            numbers = np.argsort((self.extents[..., 1] - self.extents[..., 0]).prod(1), kind='stable')
+        lists = [numbers[i:i + at_most] for i in range(0, len(self), at_most)]
+        return [self.boxed(part) for part in lists] if self.spec.trim else lists
+
     def some(self, at_most=256):
         """A batch of samples spread evenly over the cohort, for statistics: at most 512 MB of large volumes."""
         each = 4 * (self.source_channels + self.target_channels + 2) * int(np.prod(self.size))
@@ -89,7 +123,14 @@ class Cohort(torch.utils.data.Dataset):
         return {name: value[0] for name, value in self.__getitems__([i]).items()}
 
     def __getitems__(self, indices):
-        """The batch of some samples: source (B, C, *S), target (B, K, *S), mask, lesion (B, 1, *S), label, index."""
+        """The batch of some samples: source (B, C, *S), target (B, K, *S), mask, lesion (B, 1, *S), label, index.
+
+        indices: a list of numbers, or Boxed; S is then the size of the box.
+        """
+        if isinstance(indices, Boxed):
+            whole, (_, starts, size) = self.__getitems__(indices.numbers), indices
+            return {name: cut(x, starts, size, BACKGROUND[name]) if name in BACKGROUND else x
+                    for name, x in whole.items()}
         indices = [int(i) % len(self) for i in indices]
         channels = {'source': self.source_channels, 'target': self.target_channels, 'mask': 1, 'lesion': 1}
         batch = {name: torch.empty((len(indices), count, *self.size)) for name, count in channels.items()}
@@ -127,7 +168,9 @@ def _make_folder(path):
 
 def _cache_path(spec, id, cache):
     """Where a subject's samples are cached; another name for every change of a file or a setting."""
-    key = [CACHE_VERSION, spec.travel() | dict(context=0)]  # neighbours are put together on reading
+    settings = spec.travel() | dict(context=0)  # neighbours are put together on reading
+    del settings['trim']
+    key = [CACHE_VERSION, settings]
     for name in spec.names():
         path = os.path.abspath(spec.path(name, id))
         key.append([name, path, os.path.getsize(path), os.stat(path).st_mtime_ns])
@@ -198,61 +241,6 @@ def _build_all(spec, ids, cache):
 def thread_count():
     """Subjects read at a time: one a processor, but not so many that big files fill the memory."""
     return min(8, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
-
-
-class _Batches:
-    """Endless lists of sample numbers: the stream of permutations, one an epoch, cut into world * batch_size a step."""
-
-    def __init__(self, count, batch_size, seed, start_step, rank, world):
-        self.settings = count, batch_size, seed, start_step, rank, world
-
-    def __iter__(self):
-        count, batch_size, seed, step, rank, world = self.settings
-        epochs = {}
-        while True:
-            first = (step * world + rank) * batch_size
-            wanted = [divmod(position, count) for position in range(first, first + batch_size)]
-            for epoch in {epoch for epoch, _ in wanted} - set(epochs):
-                epochs[epoch] = np.random.default_rng((seed % 2**32, epoch)).permutation(count)
-            epochs = {epoch: epochs[epoch] for epoch in epochs if epoch >= wanted[0][0]}
-            yield [int(epochs[epoch][place]) for epoch, place in wanted]
-            step += 1
-
-
-def loader(cohort, batch_size, seed, start_step, rank=0, world=1, workers=0):
-    """Endless batches, a pure function of (seed, rank, step): a resumed run draws the same; workers only read ahead."""
-    batches = _Batches(len(cohort), batch_size, seed, start_step, rank, world)
-    if workers == 0:
-        return map(cohort.__getitems__, batches)
-    return iter(torch.utils.data.DataLoader(cohort, batch_sampler=batches, num_workers=workers, collate_fn=_as_is))
-
-
-def _as_is(batch):
-    return batch
-
-
-BACKGROUND = {'source': -1, 'target': -1, 'mask': 0, 'lesion': 0}
-
-
-def augment(batch, generator, flip=True, shift=2):
-    """Left-right flip (first spatial axis), whole-voxel shifts up to `shift`: per sample, alike for all its arrays."""
-    images = {name: batch[name] for name in BACKGROUND if name in batch}
-    first = next(iter(images.values()))
-    count, size = len(first), first.shape[2:]
-    device = generator.device if generator is not None else 'cpu'
-    flips = (torch.rand(count, generator=generator, device=device) < 0.5).tolist()
-    shifts = torch.randint(-shift, shift + 1, (count, len(size)), generator=generator, device=device).tolist()
-    moved = {name: torch.empty_like(image) for name, image in images.items()}
-    for i in range(count):
-        put = (slice(None), *(slice(max(0, s), n + min(0, s)) for s, n in zip(shifts[i], size, strict=True)))
-        take = (slice(None), *(slice(max(0, -s), n + min(0, -s)) for s, n in zip(shifts[i], size, strict=True)))
-        for name, image in images.items():
-            part = image[i].flip(1) if flip and flips[i] else image[i]
-            moved[name][i][put] = part[take]
-            for axis, s in enumerate(shifts[i], start=1):
-                if s:  # what came from beyond the border
-                    moved[name][i].narrow(axis, 0 if s > 0 else size[axis - 1] + s, abs(s)).fill_(BACKGROUND[name])
-    return {**batch, **moved}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
+TOGETHER = 8      # items of like size in one box (batches)
 TOLERANCE = 1e-3  # affine entries (mm), relative spacings and voxel offsets closer than this are the same
 
 
@@ -175,3 +176,47 @@ def stack_slices(source, context):
     beyond = np.full((context, *source.shape[1:]), -1, source.dtype)
     padded = np.concatenate([beyond, source, beyond])
     return np.concatenate([padded[i:i + len(source)] for i in range(2 * context + 1)], axis=1)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Boxes: most of an image is not brain, and need not be computed
+
+def extent(inside):
+    """First voxel and end of what is inside along each axis, (dims, 2); of the whole grid where nothing is."""
+    axes, found = range(inside.ndim), []
+    for axis in axes:
+        line = np.flatnonzero(inside.any(axis=tuple(other for other in axes if other != axis)))
+        found.append((line[0], line[-1] + 1) if len(line) else (0, inside.shape[axis]))
+    return np.array(found)
+
+
+def box_size(extents, grid, more=0):
+    """Voxels of the smallest box that holds every one of some extents (n, dims, 2), and `more` if the grid has them.
+
+    In steps of a sixteenth of the grid, at least 4: an accelerator prepares itself for each new size.
+    """
+    step, largest = 4 * max(1, max(grid) // 64), (extents[..., 1] - extents[..., 0]).max(0)
+    return tuple(min(int(n), -(-int(size + more) // step) * step) for size, n in zip(largest, grid, strict=True))
+
+
+def batches(images, at_most, trim):
+    """How to go through the items of one subject (N, C, *S), background -1: [(numbers, box)], box a tuple of slices.
+
+    trim: a few items of like size at a time, in the box around them; those without brain in none. Otherwise all of
+    them, whole.
+    """
+    grid = images.shape[2:]
+    if not trim:
+        numbers = list(range(len(images)))
+        return [(numbers[i:i + at_most], tuple(slice(0, n) for n in grid)) for i in range(0, len(images), at_most)]
+    inside = [item.max(axis=0) > -1 for item in images]
+    extents = np.array([extent(item) for item in inside])
+    order = np.argsort((extents[..., 1] - extents[..., 0]).prod(1), kind='stable')
+    order, found = [int(i) for i in order if inside[i].any()], []
+    for i in range(0, len(order), min(at_most, TOGETHER)):
+        numbers = order[i:i + min(at_most, TOGETHER)]
+        first, end = extents[numbers, :, 0].min(0), extents[numbers, :, 1].max(0)
+        size = box_size(np.stack([first, end], axis=1)[None], grid)
+        start = [int(np.clip((a + b - s) // 2, 0, n - s)) for a, b, s, n in zip(first, end, size, grid, strict=True)]
+        found.append((numbers, tuple(slice(a, a + s) for a, s in zip(start, size, strict=True))))
+    return found

@@ -23,6 +23,7 @@ import torch
 
 import config
 import dataset
+import grid
 import metrics
 import utils
 from evaluate import (
@@ -210,7 +211,8 @@ def baselines(cfg, run, model, predict):
     aae = load_model(cfg, run, 'aae').aae
 
     def reconstruct(subject):
-        return utils.in_batches(run, aae, cfg.eval_batch, subject.target), None
+        batches = grid.batches(subject.target, cfg.eval_batch, subject.spec.trim)
+        return utils.in_batches(run, aae, batches, subject.target), None
 
     found = dict(mean=lambda subject: (mean_prediction(model.mean_image, subject), None), aae=reconstruct)
     others = ['unet'] if model.stage == 'post' else []

@@ -141,7 +141,8 @@ def main():
     cfg.context = 0
     for name, value in (TUTORIAL if cfg.tutorial_widths else {}).items():
         setattr(cfg, name, value)
-    run, spec, folder = utils.Run(cfg.device, cfg.precision), dataset.Spec.from_settings(cfg), Path('result') / cfg.exp
+    run, folder = utils.Run(cfg.device, cfg.precision), Path('result') / cfg.exp
+    spec = dataset.Spec.from_settings(cfg, trim=False)
     lists = {split: dataset.read_split(cfg.data_info, split) for split in ('train', 'validation', 'test')}
     cohort = dataset.Cohort(spec, lists['train'])
     utils.seed_everything(cfg.seed, 'monai weights')

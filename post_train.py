@@ -153,7 +153,8 @@ def main():
         return
     if cfg.detail_branch and stage.step == 0:
         stage.log(f'the detail branch starts {origin}')
-    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
+    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
+                             cfg.shift)
     current, how, diffusion = averaged(model, ema.net), Sampling.of(cfg, spec), model.diffusion
 
     def predict(subject):
@@ -182,7 +183,7 @@ def main():
 
         # One optimisation step.
         utils.seed_everything(cfg.seed, run.rank, step)
-        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, cfg.shift)
+        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, 0 if spec.trim else cfg.shift)
         with torch.no_grad(), run.autocast():
             z_0 = model.aae.encode(batch['target']).float()
             goal = before.decode(z_0).float() if before else batch['target']

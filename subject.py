@@ -15,7 +15,7 @@ from splits import MissingFile, find_file
 from volume import DataError
 
 TRAVEL = ('task', 'spatial_dims', 'spacing', 'image_size', 'context', 'frames', 'frame_spacing', 'frame_interval',
-          'resample', 'scaling', 'unit_scale', 'num_classes', 'target_names')
+          'resample', 'scaling', 'unit_scale', 'num_classes', 'target_names', 'trim')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -44,6 +44,7 @@ class Spec:
     unit_scale: dict = field(default_factory=dict)
     num_classes: int = 0
     target_names: tuple = ()
+    trim: bool = False
 
     @classmethod
     def from_settings(cls, cfg, **override):
@@ -184,9 +185,8 @@ def _as_volume(array, spatial_dims):
 
 
 def load_subject(spec, id=None, files=None, with_truth=True, report=None):
-    """
-    Read and preprocess one subject: by ID through the templates, or, in no list, files = {'source': path, 'mask': path
-    or None}. with_truth=False reads source and mask alone. A lesion file may be absent (Cohort and the check need it).
+    """Read and preprocess one subject: by ID through the templates, or, in no list, files = {'source': path, 'mask':
+    path or None}. with_truth=False reads source and mask alone. A lesion file may be absent (the cohort needs it).
 
     Raises DataError 'ID: sentence' at the first fault. With report, a dict, all faults are gathered in report['faults']
     and what was read is described in report['volumes'] instead, and nothing is returned.

@@ -32,7 +32,7 @@ from model import AAE, PixelUNet, UNet, latent_grid
 from prior import classes_of
 from translate import Model, Sampling, translate
 
-LATER = '--disc_start', '0', '--disc_ramp', '1'
+LATER = '--disc_start', '0', '--disc_ramp', '1', '--trim', 'False'
 SCRIPTS = dict(aae=train_aae, unet=train_unet, post=post_train, regression=train_unet)
 
 

@@ -14,6 +14,7 @@ import torch
 
 import config
 import dataset
+import grid
 import losses
 import metrics
 import optim
@@ -24,8 +25,8 @@ from stage import Stage
 
 TERMS = ['loss', 'l1', 'adversarial', 'discriminator', 'grad_norm']
 FIXED = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'scaling', 'unit_scale', 'latent_channels',
-         'normalise_latents', 'aae_channels', 'aae_blocks', 'disc_channels', 'w_adversarial', 'flip', 'shift', 'ema',
-         'seed', 'batch_size', 'optimizer', 'aae_lr')
+         'normalise_latents', 'aae_channels', 'aae_blocks', 'disc_channels', 'w_adversarial', 'flip', 'shift', 'trim',
+         'ema', 'seed', 'batch_size', 'optimizer', 'aae_lr')
 
 
 def adversarial_weight(step, cfg):
@@ -39,9 +40,8 @@ def latent_statistics(run, aae, cohort, batch_size):
     aae.latent_mean.zero_()
     aae.latent_std.fill_(1)
     sums = torch.zeros(3, aae.args['latent_channels'], dtype=torch.float64)
-    index = list(range(len(cohort)))[run.rank::run.world]
-    for i in range(0, len(index), batch_size):
-        image = torch.stack([cohort[j]['target'] for j in index[i:i + batch_size]]).to(run.device)
+    for some in cohort.in_order(batch_size)[run.rank::run.world]:
+        image = cohort.__getitems__(some)['target'].to(run.device)
         with run.autocast():
             z = aae.encode(image).double().cpu().transpose(0, 1).flatten(1)  # (c, values)
         sums += torch.stack([z.sum(1), z.square().sum(1), torch.full((len(z),), z.shape[1], dtype=torch.float64)])
@@ -57,7 +57,8 @@ def validate(run, aae, spec, ids, batch_size):
     rows, ranges = [], {name: dataset.scaling_range(spec, name) for name in spec.targets}
     for id in ids[run.rank::run.world]:
         subject = dataset.load_subject(spec, id)
-        pred = subject.to_native(utils.in_batches(run, aae, batch_size, subject.target))
+        batches = grid.batches(subject.target, batch_size, spec.trim)
+        pred = subject.to_native(utils.in_batches(run, aae, batches, subject.target))
         rows.append(metrics.quick_row(pred, subject.truth(), subject.known_mask(), subject.native_lesion, ranges,
                                       spec.task, axis=subject.axial_axis))
     return pd.DataFrame(run.gather(rows)).mean().to_dict()
@@ -103,7 +104,8 @@ def main():
                         aae=aae, disc=disc, opt=opt, disc_opt=disc_opt, ema=ema, scaler=run.scaler):
         return
     mean_target = mean_image(cohort)
-    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
+    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
+                             cfg.shift)
 
     for step in range(stage.step, cfg.aae_steps + 1):
         # Evaluate the averaged weights; the row at step 0 is the untrained network.
@@ -119,7 +121,7 @@ def main():
 
         # One optimisation step of each network. Everything random is keyed by (seed, rank, step).
         utils.seed_everything(cfg.seed, run.rank, step)
-        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, cfg.shift)
+        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, 0 if spec.trim else cfg.shift)
         lr, weight = utils.lr_at(step, cfg.aae_steps, cfg.aae_lr, cfg.warmup), adversarial_weight(step, cfg)
         utils.set_lr(opt, lr)
         utils.set_lr(disc_opt, lr / 4)

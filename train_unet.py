@@ -23,8 +23,8 @@ from prior import classes_of
 from stage import Stage, needs_lesion
 
 DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'context', 'frames', 'frame_spacing',
-        'frame_interval', 'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'ema', 'seed', 'batch_size',
-        'optimizer')
+        'frame_interval', 'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'trim', 'ema', 'seed',
+        'batch_size', 'optimizer')
 FIXED = DATA + ('lr', 'unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout',
                 'predict', 'schedule', 'timesteps', 'loss_weight', 'last_step_share', 'label_drop')
 FIXED_REGRESSION = DATA + ('regression_lr', 'regression_channels', 'w_image', 'w_lesion', 'lesion_floor', 'lesion_head',
@@ -60,7 +60,8 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
                         unet=unet, opt=opt, ema=ema, scaler=run.scaler):
         return
     qc = fit_quality(spec, cohort, validation_ids) if run.main else None
-    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
+    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
+                             cfg.shift)
     current, how = Model(model.aae, ema.net, diffusion), Sampling.of(cfg, spec)
 
     def predict(subject):
@@ -81,7 +82,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
 
         # One optimisation step. Everything random is keyed by (seed, rank, step): a resumed run draws the same noise.
         utils.seed_everything(cfg.seed, run.rank, step)
-        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, cfg.shift)
+        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, 0 if spec.trim else cfg.shift)
         with torch.no_grad(), run.autocast():
             z_0 = model.aae.encode(batch['target']).float()
         t, eps, label = diffusion.draws(z_0, batch['label'], cfg.num_classes, cfg.label_drop)
@@ -128,7 +129,8 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
     if not stage.resume(cfg.regression_steps, terms, metrics.QUICK, len(cohort),
                         net=net, opt=opt, ema=ema, scaler=run.scaler):
         return
-    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers)
+    batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
+                             cfg.shift)
     trained, current = Model(None, regression=net), Model(None, regression=ema.net)
     how = Sampling.of(cfg, spec)
 
@@ -145,7 +147,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
             break
 
         utils.seed_everything(cfg.seed, run.rank, step)
-        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, cfg.shift)
+        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, 0 if spec.trim else cfg.shift)
         lr = utils.lr_at(step, cfg.regression_steps, cfg.regression_lr, cfg.warmup)
         utils.set_lr(opt, lr)
         parts = []

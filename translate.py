@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import grid
 import utils
 from diffusion import Diffusion, sample
 from model import AAE, PixelUNet, UNet, fingerprint, latent_grid
@@ -73,18 +74,20 @@ class Sampling:
     lesion_odds: float = 1.0
     lesion_core: float = 0.0
     reach: tuple = (1, 1, 1)  # CORE_REACH in voxels: slices, x, y of 2D items; x, y, z of volumes
+    trim: bool = False        # as the network was trained (Spec.trim)
 
     @classmethod
     def of(cls, cfg, spec):
         voxels = [max(1, round(CORE_REACH / s)) if s else 1 for s in spec.spacing]
         return cls(cfg.sampler, cfg.num_steps, cfg.samples, cfg.guidance, cfg.seed, cfg.mirror, cfg.eval_batch,
-                   cfg.lesion_odds, cfg.lesion_core, (1, *voxels[:2]) if spec.spatial_dims == 2 else tuple(voxels))
+                   cfg.lesion_odds, cfg.lesion_core, (1, *voxels[:2]) if spec.spatial_dims == 2 else tuple(voxels),
+                   spec.trim)
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # Checkpoint -> model
 
-OLDER = dict(context=0)  # what a checkpoint means that does not say it
+OLDER = dict(context=0, trim=False)  # what a checkpoint means that does not say it
 
 def checkpoint_path(cfg, stage):
     """The checkpoint of an earlier stage: in result/<exp>, or in result/<init_from> where this experiment has none."""
@@ -186,22 +189,42 @@ def translate(run, model, source, key, how, label=None):
 
 def _translate_view(run, model, source, key, how, label):
     """All items of a subject (N, C, *S) -> (1, N, K, *S), the prediction; with how.samples = m > 1 m samples follow."""
-    chunks = []
-    for chunk in source.split(how.eval_batch):
+    whole = None
+    for numbers, box in grid.batches(source.numpy(), how.eval_batch, how.trim):
         with run.autocast():
-            images = _translate_items(model, chunk.to(run.device), key, how, label)
-        chunks.append([[x if x is None else x.float().cpu() for x in image] for image in images])
-    return torch.stack([decide(*[None if parts[0] is None else torch.cat(parts) for parts in zip(*image, strict=True)],
-                               how) for image in zip(*chunks, strict=True)])
+            images = _translate_items(model, source[(numbers, slice(None), *box)].to(run.device), key, how, label,
+                                      source.shape[2:], box)
+        whole = whole or [[_empty(x, source, value) for x, value in zip(image, EMPTY, strict=True)] for image in images]
+        for image, parts in zip(whole, images, strict=True):
+            for into, part in zip(image, parts, strict=True):
+                if part is not None:
+                    into[(numbers, slice(None), *box)] = part.float().cpu()
+    return torch.stack([decide(*image, how) for image in whole])
 
 
-def _translate_items(model, source, key, how, label):
-    """Source (n, C, *S) -> [(healthy, change, logit)] of the prediction and, how.samples > 1, each decoded sample."""
+EMPTY = -1.0, 0.0, -30.0  # healthy, change and logit where nothing is computed: background, no lesion
+
+
+def _empty(part, source, value):
+    """What a network gives of all items of a source, with a value everywhere; None if it gives None."""
+    return None if part is None else torch.full((len(source), part.shape[1], *source.shape[2:]), value)
+
+
+def _translate_items(model, source, key, how, label, shape, box):
+    """Source (n, C, *S) -> [(healthy, change, logit)] of the prediction and, how.samples > 1, each decoded sample.
+
+    shape, box: the whole image's spatial shape and the part of it (slices) that the source is.
+    """
     shares = model.shares(source, None if label is None else torch.full((len(source),), label, device=source.device))
     if model.regression is not None:
         return [model.regression(source, shares=shares, apart=True)]
     cond = model.unet.encode_source(source)
-    samples = [_sample_latents(model, source, cond, key, k, how, label) for k in range(how.samples)]
+    factor = model.aae.factor
+    part = tuple(slice(b.start // factor, b.start // factor + n // factor)
+                 for b, n in zip(box, source.shape[2:], strict=True))
+    shape = (model.aae.args['latent_channels'], *[n // factor for n in shape])
+    samples = [_sample_latents(model, cond, starting_noise((how.seed, key), shape, k, source.device), part, how, label)
+               for k in range(how.samples)]
     mean = [torch.stack(parts).mean(0) for parts in zip(*samples, strict=True)]
     return [model.decode(z_0, source, features, shares, apart=True)
             for z_0, features in ([mean, *samples] if how.samples > 1 else [mean])]
@@ -224,13 +247,13 @@ def decide(healthy, change, logit, how):
     return torch.cat([healthy + (logit + more).sigmoid() * change, logit.sigmoid()], dim=1)
 
 
-def _sample_latents(model, source, cond, key, k, how, label):
-    """(z_0, the U-Net's features in the last step) of each item of a batch of slices (or volumes) of one subject."""
-    n, unet = len(source), model.unet
-    shape = (model.aae.args['latent_channels'], *[s // model.aae.factor for s in source.shape[2:]])
-    draw = starting_noise((how.seed, key), shape, k, source.device)
-    labels = None if label is None else torch.full((n,), label, device=source.device)
+def _sample_latents(model, cond, draw, part, how, label):
+    """(z_0, the U-Net's features in the last step) of each item of a batch of slices (or volumes) of one subject.
 
+    draw() gives noise for the whole image, part: which of it these items have (slices).
+    """
+    n, unet = len(cond), model.unet
+    labels = None if label is None else torch.full((n,), label, device=cond.device)
     features = None
 
     def net(z_t, t):
@@ -242,11 +265,10 @@ def _sample_latents(model, source, cond, key, k, how, label):
             out = unknown + how.guidance * (out - unknown)
         return out
 
-    def noise(z):
-        return draw().expand_as(z)
+    def noise(z=None):
+        return draw()[(..., *part)].expand(n, -1, *cond.shape[2:])
 
-    z_T = draw().expand(n, *shape)
-    return sample(model.diffusion, net, z_T, how.sampler, how.num_steps, noise), features
+    return sample(model.diffusion, net, noise(), how.sampler, how.num_steps, noise), features
 
 
 @torch.no_grad()

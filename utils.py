@@ -18,6 +18,7 @@ import zipfile
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -200,13 +201,17 @@ class Run:
 
 
 @torch.no_grad()
-def in_batches(run, net, batch_size, *arrays):
-    """net over a few items at a time under autocast: NumPy arrays (N, ...) in, one float32 NumPy array (N, ...) out."""
-    parts = []
-    for i in range(0, len(arrays[0]), batch_size):
+def in_batches(run, net, batches, images):
+    """net over images (N, C, *S) under autocast, float32 NumPy in and out; -1 where no batch has anything.
+
+    batches: [(numbers, box)], box a tuple of slices (grid.batches).
+    """
+    found = np.full_like(images, -1)
+    for numbers, box in batches:
+        where = numbers, slice(None), *box
         with run.autocast():
-            parts.append(net(*[torch.from_numpy(a[i:i + batch_size]).to(run.device) for a in arrays]).float().cpu())
-    return torch.cat(parts).numpy()
+            found[where] = net(torch.from_numpy(images[where]).to(run.device)).float().cpu().numpy()
+    return found
 
 
 def seed_key(*keys):

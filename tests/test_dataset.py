@@ -1,6 +1,7 @@
 """Subjects, faults, lists and labels, the cache, the loader and augmentation."""
 import gzip
 import json
+import math
 import os
 import re
 import resource
@@ -652,7 +653,13 @@ def test_volumes_as_samples():
 @pytest.fixture
 def cohort():
     write_stroke()
-    return dataset.Cohort(spec(), ['s01', 's02', 's03'])
+    return dataset.Cohort(spec('--trim', 'False'), ['s01', 's02', 's03'])
+
+
+@pytest.fixture
+def trimmed():
+    write_stroke(ids=('s01', 's02', 's03', 's04'))
+    return dataset.Cohort(spec(), ['s01', 's02', 's03', 's04'])
 
 
 def draw(loader, steps):
@@ -689,6 +696,81 @@ def test_batch_larger_than_the_cohort(cohort):
 def test_workers_give_the_same_batches(cohort):
     plain = draw(dataset.loader(cohort, 4, seed=2, start_step=1), 6)
     assert same(plain, draw(dataset.loader(cohort, 4, seed=2, start_step=1, workers=2), 6))
+
+
+def test_boxes_hold_the_whole_brain_and_only_what_the_sample_holds(trimmed, cohort):
+    whole = {name: torch.stack([cohort[i][name] for i in range(len(cohort))]) for name in dataset.BACKGROUND}
+    sizes, places = set(), set()
+    for batch in draw(dataset.loader(trimmed, 4, seed=0, start_step=0, shift=2), 24):
+        size = batch['mask'].shape[2:]
+        assert all(n % 4 == 0 and n <= m for n, m in zip(size, (16, 20), strict=True))
+        for i, number in enumerate(batch['index'].tolist()):
+            if number >= len(cohort):
+                continue
+            assert batch['mask'][i].sum() == whole['mask'][number].sum() > 0
+            first = [int(torch.nonzero(m.any(axis))[0]) for m in (batch['mask'][i, 0], whole['mask'][number, 0])
+                     for axis in (1, 0)]
+            dx, dy = first[2] - first[0], first[3] - first[1]  # where the box starts
+            for name, background in dataset.BACKGROUND.items():
+                padded = torch.nn.functional.pad(whole[name][number], (20,) * 4, value=background)
+                cut = padded[:, 20 + dx:20 + dx + size[0], 20 + dy:20 + dy + size[1]]
+                assert torch.equal(batch[name][i], cut), name
+            places.add((number, dx, dy))
+        sizes.add(tuple(size))
+    assert min(math.prod(s) for s in sizes) < 16 * 20 and len(places) > 2 * len({n for n, _, _ in places})
+
+
+def test_trimmed_batches_are_a_function_of_seed_rank_and_step(trimmed):
+    def alike(start, **how):
+        return draw(dataset.loader(trimmed, 4, seed=5, start_step=start, shift=2, **how), 36 - start)
+    batches = alike(0)
+    for start in (7, 16, 20):
+        assert same(batches[start:], alike(start))
+    assert same(batches, alike(0, workers=2))
+    pairs = [draw(dataset.loader(trimmed, 2, seed=5, start_step=9, rank=rank, world=2, shift=2), 10)
+             for rank in (0, 1)]
+    for step, both in enumerate(zip(*pairs, strict=True), start=9):
+        assert torch.equal(batches[step]['source'], torch.cat([part['source'] for part in both]))
+    # The samples of 16 steps are those that they are without boxes, in another order; like sizes in one batch.
+    plain = dataset.Cohort(spec('--trim', 'False'), trimmed.ids)
+    ordered = draw(dataset.loader(plain, 4, seed=5, start_step=0), 32)
+    for window in (slice(0, 16), slice(16, 32)):
+        one, other = (torch.cat([b['index'] for b in part[window]]).tolist() for part in (batches, ordered))
+        assert sorted(one) == sorted(other) and one != other
+    area = (trimmed.extents[..., 1] - trimmed.extents[..., 0]).prod(1)
+    spread = [np.mean([np.ptp(area[b['index']]) for b in part[:32]]) for part in (batches, ordered)]
+    assert spread[0] < 0.5 * spread[1]
+    assert {len(b['index']) for b in batches} == {4}
+
+
+def test_all_samples_in_order(trimmed, cohort):
+    for data in (trimmed, cohort):
+        seen = torch.cat([data.__getitems__(part)['index'] for part in data.in_order(5)])
+        assert sorted(seen.tolist()) == list(range(len(data)))
+    assert sum(math.prod(part.size) * len(part.numbers) for part in trimmed.in_order(5)) < len(trimmed) * 16 * 20
+
+
+@pytest.mark.parametrize('grid', [(16, 20), (16, 20, 24), (192, 224)])
+def test_groups_of_a_subject_hold_all_that_is_inside(grid):
+    rng = np.random.default_rng(0)
+    images = np.full((11, 2, *grid), -1, np.float32)
+    for i in range(1, 11):  # the first has no brain
+        start = rng.integers(0, [n // 2 for n in grid])
+        end = [int(a + rng.integers(1, n // 2)) for a, n in zip(start, grid, strict=True)]
+        images[(i, slice(None), *map(slice, start, end))] = 0.5
+    for at_most in (1, 3, 32):
+        groups = dataset.grid.batches(images, at_most, True)
+        assert sorted(n for numbers, _ in groups for n in numbers) == list(range(1, 11))
+        rest = images.copy()
+        for numbers, box in groups:
+            assert len(numbers) <= at_most
+            for b, n in zip(box, grid, strict=True):
+                assert 0 <= b.start < b.stop <= n and (b.stop - b.start) % 4 == 0
+            rest[(numbers, slice(None), *box)] = -1
+        assert (rest == -1).all()
+        whole = dataset.grid.batches(images, at_most, False)
+        assert [n for numbers, _ in whole for n in numbers] == list(range(11))
+        assert all(images[(numbers, slice(None), *box)].shape[2:] == grid for numbers, box in whole)
 
 
 def test_augment(cohort):

@@ -12,7 +12,7 @@ NAMES = {file.stem for file in FILES}
 
 LEAVES = {'config', 'dataset', 'model', 'diffusion', 'losses', 'metrics', 'utils',
           'layers', 'stage', 'optim',                            # model.py and utils.py, split by name
-          'volume', 'grid', 'splits', 'check', 'subject',        # dataset.py, split by name; it is their door
+          'volume', 'grid', 'splits', 'check', 'subject', 'loader',  # dataset.py, split by name; it is their door
           'prior', 'quality', 'status',                              # beside metrics.py: trust, amyloid status
           'anatomy', 'stroke', 'amyloid', 'describe',            # the parts of phantom.py
           'experiment', 'charts', 'montage', 'report'}           # the parts of plot.py
@@ -27,7 +27,7 @@ MORE = {                                                         # what else a f
     'splits': {'volume'},
     'check': {'volume'},
     'subject': {'volume', 'grid', 'splits', 'check'},
-    'dataset': {'volume', 'grid', 'splits', 'check', 'subject'},
+    'dataset': {'volume', 'grid', 'splits', 'check', 'subject', 'loader'},
     'train_unet': {'infer'},                                     # validation runs the very code that inference runs
     'post_train': {'infer'},
     'benchmark': {'timing', 'turns', 'conclusions', 'plain', 'peers'},

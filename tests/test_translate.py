@@ -53,6 +53,37 @@ def test_the_mean_with_the_mirrored_source_is_symmetric(dims, kind, samples):
         assert 0 <= plain[0][:, 2].min() < plain[0][:, 2].max() <= 1
 
 
+@pytest.mark.parametrize('dims', [2, 3])
+@pytest.mark.parametrize('kind, samples', [('regression', 1), ('latent', 2), ('head', 2)])
+def test_a_box_is_translated_as_an_image_of_its_size(dims, kind, samples, monkeypatch):
+    """trim: what lies around the brain changes nothing, and is background; the noise is that of the place."""
+    net, run = model(dims, kind), utils.Run('cpu', 'fp32')
+    grid, box = (24, 16, 16)[:dims], (slice(5, 17), slice(4, 12), slice(3, 11))[:dims]
+    whole = np.full((3, 3, *grid), -1, np.float32)
+    inside = (slice(0, 2), slice(None), *box)  # the last item has no brain
+    whole[inside] = np.random.default_rng(0).uniform(-0.9, 1, whole[inside].shape)
+    noise = torch.randn(1, 4, *[n // 4 for n in grid], generator=torch.Generator().manual_seed(1))
+    here = noise[(..., *(slice(b.start // 4, b.start // 4 + (b.stop - b.start) // 4) for b in box))]
+    asked = []
+
+    def starting_noise(key, shape, k, device):
+        asked.append(shape)
+        return lambda: (k + 1) * (noise if shape[1] == grid[0] // 4 else here)
+    monkeypatch.setattr('translate.starting_noise', starting_noise)
+    trimmed, std = translate(run, net, whole, 'sub', Sampling(trim=True, samples=samples))
+    small, small_std = translate(run, net, whole[inside], 'sub', Sampling(samples=samples))
+    np.testing.assert_allclose(trimmed[inside], small, atol=1e-5)
+    assert (std is None) == (small_std is None)
+    if std is not None:
+        np.testing.assert_allclose(std[inside], small_std, atol=1e-5)
+    outside = np.ones((3, *grid), bool)
+    outside[(slice(0, 2), *box)] = False
+    assert (trimmed[:, :2][np.broadcast_to(outside[:, None], trimmed[:, :2].shape)] == -1).all()
+    if kind == 'head':
+        assert trimmed[:, 2][outside].max() < 1e-6 < trimmed[:, 2][~outside].min()
+    assert kind == 'regression' or {shape[1] for shape in asked} == {grid[0] // 4, 3}
+
+
 @pytest.mark.parametrize('kind', ['head', 'regression'])
 def test_lesion_odds_move_the_image_and_not_the_probability(kind):
     net, run = model(2, 'head'), utils.Run('cpu', 'fp32')

@@ -251,13 +251,21 @@ def test_update_clips_steps_and_returns_the_norm():
 
 
 def test_in_batches_gives_what_one_batch_gives():
-    net, x = nn.Conv2d(2, 3, 3), np.random.default_rng(0).normal(size=(7, 2, 5, 6)).astype(np.float32)
+    net, x = nn.Conv2d(2, 2, 3, padding=1), np.random.default_rng(0).normal(size=(7, 2, 5, 6)).astype(np.float32)
     run = utils.Run('cpu', 'fp32')
     whole = net(torch.from_numpy(x)).detach().numpy()
-    for size in (1, 3, 7, 50):
-        found = utils.in_batches(run, net, size, x)
+    for groups in ([[0], [1, 2, 3, 4, 5, 6]], [[6, 0, 3], [2, 1, 4, 5]], [list(range(7))]):
+        found = utils.in_batches(run, net, [(numbers, (slice(0, 5), slice(0, 6))) for numbers in groups], x)
         assert found.dtype == np.float32
         np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
+def test_in_batches_of_boxes():
+    net, x = nn.Conv2d(2, 2, 1), np.random.default_rng(0).normal(size=(3, 2, 5, 6)).astype(np.float32)
+    found = utils.in_batches(utils.Run('cpu', 'fp32'), net, [([2, 0], (slice(1, 4), slice(2, 6)))], x)
+    whole = net(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(found[[2, 0], :, 1:4, 2:6], whole[[2, 0], :, 1:4, 2:6], atol=1e-5)
+    assert (found[1] == -1).all() and (found[:, :, 0] == -1).all() and (found[:, :, :, :2] == -1).all()
 
 
 def test_a_quarter_of_the_cosine():
