@@ -91,7 +91,7 @@ disc_ramp = 40                   # ... and its weight rises over this many steps
 regression = False               # train_unet.py: train the baseline instead, a plain U-Net from source to target
 regression_lr = 5e-4             # its peak learning rate
 regression_channels = (32, 64, 96)  # its widths; with those of detail_channels stage 3 starts from it
-regression_steps = 2150          # its steps
+regression_steps = 2600          # its steps
 
 # Post-training
 post_loss = 'l1'                 # l1; l2_l1: squared error in the mask, L1 in the lesion; lapt: LAPT's, see losses.py
@@ -126,7 +126,7 @@ out = None                       # output folder for --input
 
 _MRI2PET_DATA = dict(
     task='mri2pet', source='{root}/whole_MRI/{id}.nii', targets={'suvr': '{root}/whole_Abeta/{id}.nii'},
-    mask='{root}/mask/{id}.nii', lesion='{root}/roi/{id}.nii', w_lesion=0, lesion_head=False,
+    mask='{root}/mask/{id}.nii', lesion='{root}/roi/{id}.nii', w_lesion=0, lesion_head=False, trim=False,
     spatial_dims=3, context=0, frames=None, num_classes=2, unit_scale={'source': 1, 'suvr': 1},
     scaling={'source': ('quantile', 0.005, 0.995), 'suvr': ('range', 0, 3)})
 
@@ -185,8 +185,8 @@ PRESETS = {
         unet_channels=(128, 128, 256, 512), unet_attention=(3,), cond_channels=1, cond_width=16, detail_branch=False,
         predict='eps', schedule='linear', last_step_share=0, label_drop=0, aae_steps=50000, unet_steps=100000,
         post_steps=0, batch_size=1, eval_batch=1, lr=1e-4, aae_lr=1e-4, warmup=1, optimizer='adam', ema=0.9999,
-        eval_every=5000, save_every=1000, disc_start=1000, disc_ramp=1, flip=False, shift=0, trim=False,
-        checkpointing=True, sampler='ddpm', num_steps=1000, mirror=False, w_diffusion=1.0, post_last_step_share=0),
+        eval_every=5000, save_every=1000, disc_start=1000, disc_ramp=1, flip=False, shift=0, checkpointing=True,
+        sampler='ddpm', num_steps=1000, mirror=False, w_diffusion=1.0, post_last_step_share=0),
 }
 # Your own data: PRESETS['mine'] = dict(PRESETS['ctp2dwi'], exp=..., data_root=..., data_info=...); README, Layouts.
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 BACKGROUND = {'source': -1, 'target': -1, 'mask': 0, 'lesion': 0}
-WINDOW = 16  # steps whose samples are sorted by size with spec.trim
+WINDOW = 4   # steps whose samples are sorted by size with spec.trim
 
 
 class Boxed(NamedTuple):

@@ -44,20 +44,23 @@ REGRESSION = f'{UNET} --regression True'
 ALL, THREE = (AAE, UNET, f'{REGRESSION} --w_lesion 0', POST), (0, 1, 2)
 BOTH, MORE, VALIDATION = ('test', 'shifted'), ('test', 'shifted', 'validation'), ('validation',)
 LATENT = f'{POST} --detail_branch False --post_steps 300'
-LONG = f'{REGRESSION} --regression_steps 2600'
+WHOLE = '--trim False'  # on the whole grid
+LONG = f'{REGRESSION} --regression_steps 2600 {WHOLE}'
 PLAIN = f'{LONG} --w_lesion 0 --lesion_head False'
 EVERYWHERE = '--lesion_odds 4 --lesion_core 0'
 LAPT_LOSS = '--post_loss lapt --w_diffusion 1 --w_image 0.01 --w_lesion 0.02'
-LAPT = '--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam --context 0'
+LAPT = ('--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam --context 0 '
+        '--trim False')
 ILCLDM = ('--predict eps --schedule linear --normalise_latents False --last_step_share 0 --latent_channels 1 '
-          '--label_drop 0 --optimizer adam')
+          '--label_drop 0 --optimizer adam --trim False')
 MONAI = 'monai_ldm.py --cpu_seconds 700 --only_validation'  # with a Python that has MONAI
 DDIM = '--sampler ddim --num_steps 50'
 PAPER_DDIM = f'{DDIM} --mirror False'
-OLD_REGRESSION = f'{REGRESSION} --lesion_head False --regression_lr 1e-3 --regression_steps 1500'
+OLD_AAE, OLD_UNET = f'{AAE} {WHOLE}', f'{UNET} {WHOLE}'
+OLD_REGRESSION = f'{REGRESSION} {WHOLE} --lesion_head False --regression_lr 1e-3 --regression_steps 1500'
 HEAVY = f'{POST} --lesion_odds 1 --detail_lr_scale 0.5 --post_steps 150'
 BEFORE = f'{POST} --lesion_head False --detail_lr_scale 0.5 --post_steps 300'
-EARLIER = AAE, UNET, f'{OLD_REGRESSION} --w_lesion 0', BEFORE
+EARLIER = OLD_AAE, OLD_UNET, f'{OLD_REGRESSION} --w_lesion 0', BEFORE
 OLD_START = f'{REGRESSION} --w_lesion 0 --label_head False --regression_lr 1e-3 --regression_steps 900'
 OLD_POST = f'{POST} --label_head False --detail_lr_scale 0.5 --post_steps 100'
 STEPS_HALF = '--aae_steps 60', '--unet_steps 60', '--regression_steps 750', '--post_steps 150'
@@ -66,43 +69,50 @@ STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000',
 TRIALS = [
     # Stroke. The rivals have the time of all of our stages.
     Trial('stroke/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=MORE),
+    Trial('stroke/untrimmed', 'ours on the whole grid, 2150 steps of regression',
+          (OLD_AAE, OLD_UNET, f'{REGRESSION} --w_lesion 0 {WHOLE} --regression_steps 2150', POST), seeds=THREE,
+          sets=MORE),
     Trial('stroke/start', 'the regression with lesion head that stage 3 starts from, the same odds', (), 'stroke/ours',
           '--stage regression', THREE, BOTH),
-    Trial('stroke/start_odds_1', 'the same, lesion_odds 1', (), 'stroke/ours', '--stage regression --lesion_odds 1',
-          THREE, BOTH),
     Trial('stroke/odds_1', 'ours, lesion_odds 1 in inference', (), 'stroke/ours', '--lesion_odds 1', THREE, BOTH),
     Trial('stroke/odds_12', 'ours, lesion_odds 12 in inference', (), 'stroke/ours', '--lesion_odds 12', THREE, BOTH),
     Trial('stroke/everywhere', 'ours with odds 4 everywhere, not only near a sure voxel', (f'{POST} {EVERYWHERE}',),
-          'stroke/ours', EVERYWHERE, THREE, MORE),
+          'stroke/untrimmed', EVERYWHERE, THREE, MORE),
+    Trial('stroke/start_odds_1', 'the regression that it starts from, lesion_odds 1', (), 'stroke/untrimmed',
+          '--stage regression --lesion_odds 1', THREE, BOTH),
     Trial('stroke/regression', 'regression U-Net on the image grid, the same lesion weight, equal time',
-          (f'{LONG} --lesion_head False',), 'stroke/ours', '--stage regression', THREE, BOTH),
+          (f'{LONG} --lesion_head False',), 'stroke/untrimmed', '--stage regression', THREE, BOTH),
     Trial('stroke/regression_plain', 'regression U-Net on the image grid, no lesion weight, equal time',
-          (PLAIN,), 'stroke/ours', '--stage regression', THREE, BOTH),
+          (PLAIN,), 'stroke/untrimmed', '--stage regression', THREE, BOTH),
     Trial('stroke/regression_head', 'regression U-Net with our lesion head and odds, equal time',
-          (f'{LONG} --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, BOTH),
+          (f'{LONG} --w_lesion 0',), 'stroke/untrimmed', '--stage regression', THREE, BOTH),
     Trial('stroke/no_head', 'ours without lesion head',
-          (f'{REGRESSION} --w_lesion 0 --lesion_head False', f'{POST} --lesion_head False'), 'stroke/ours', sets=BOTH),
-    Trial('stroke/head_odds_1', 'ours before the odds: the lesion weight alone moves the lesion', (*ALL[:3], HEAVY),
+          (f'{REGRESSION} --w_lesion 0 --lesion_head False {WHOLE} --regression_steps 2150',
+           f'{POST} --lesion_head False'), 'stroke/untrimmed', sets=BOTH),
+    Trial('stroke/head_odds_1', 'ours before the odds: the lesion weight alone moves the lesion',
+          (OLD_AAE, OLD_UNET, f'{REGRESSION} --w_lesion 0 {WHOLE} --regression_steps 1900', HEAVY),
           seeds=THREE, sets=MORE),
     Trial('stroke/head_odds_1_weight_05', 'the same, w_lesion 0.5', (f'{HEAVY} --w_lesion 0.5',), 'stroke/head_odds_1',
           sets=BOTH),
     Trial('stroke/regression_simple', 'plain regression, single slices, AdamW at 2e-3, not mirrored',
-          (f'{PLAIN} --context 0 --optimizer adam --regression_lr 2e-3',), 'stroke/ours',
+          (f'{PLAIN} --context 0 --optimizer adam --regression_lr 2e-3',), 'stroke/untrimmed',
           '--stage regression --mirror False'),
     Trial('stroke/stage2', 'the latent network before post-training', (), 'stroke/ours', '--stage unet', THREE, BOTH),
     Trial('stroke/control', 'latent network trained on for 300 steps with w_image = w_lesion = 0',
           (f'{LATENT} --w_image 0 --w_lesion 0',), 'stroke/ours', seeds=THREE, sets=BOTH),
     Trial('stroke/no_detail', 'post-training without detail branch, 300 steps', (LATENT,), 'stroke/ours', seeds=THREE),
-    Trial('stroke/no_detail_weight_0', 'without detail branch, w_lesion 0', (f'{LATENT} --w_lesion 0',), 'stroke/ours'),
-    Trial('stroke/no_detail_weight_2', 'without detail branch, w_lesion 2', (f'{LATENT} --w_lesion 2',), 'stroke/ours'),
+    Trial('stroke/no_detail_weight_0', 'without detail branch, w_lesion 0', (f'{LATENT} --w_lesion 0',),
+          'stroke/untrimmed'),
+    Trial('stroke/no_detail_weight_2', 'without detail branch, w_lesion 2', (f'{LATENT} --w_lesion 2',),
+          'stroke/untrimmed'),
     Trial('stroke/frozen_decoder', 'without detail branch, decoder not tuned', (f'{LATENT} --tune_decoder False',),
-          'stroke/ours'),
+          'stroke/untrimmed'),
     Trial('stroke/lapt_loss', "without detail branch, LAPT's loss and weights", (f'{LATENT} {LAPT_LOSS}',),
-          'stroke/ours'),
-    Trial('stroke/stage2_not_mirrored', 'the latent network before post-training, not mirrored', (), 'stroke/ours',
+          'stroke/untrimmed'),
+    Trial('stroke/stage2_not_mirrored', 'the latent network before post-training, not mirrored', (), 'stroke/untrimmed',
           '--stage unet --mirror False'),
     Trial('stroke/latent_regression', 'regression of the latent: stage 2 at t = T-1 only, 2000 steps',
-          (f'{UNET} --last_step_share 1 --unet_steps 2000',), 'stroke/ours', '--stage unet'),
+          (f'{OLD_UNET} --last_step_share 1 --unet_steps 2000',), 'stroke/untrimmed', '--stage unet'),
     Trial('stroke/lapt', "LAPT's recipe at the demo's size, 50 DDIM steps, equal time",
           (f'{AAE} {LAPT} {PAPER_DDIM} --aae_steps 300', f'{UNET} {LAPT} {PAPER_DDIM} --unet_steps 1200',
            f'{POST} {LAPT_LOSS} {PAPER_DDIM} --lambda_t linear --flip False --shift 0 --post_last_step_share 0 '
