@@ -22,8 +22,9 @@ TEST = ('test',)
 TABLES = [  # title, the first line, the others, sets
     ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/start', 'stroke/start_odds_1'],
      BOTH),
-    ('Recipes, stroke', 'stroke/ours', ['stroke/regression', 'stroke/regression_plain', 'stroke/regression_head',
-                                        'stroke/no_head', 'stroke/head_odds_1', 'stroke/earlier'], BOTH),
+    ('Recipes, stroke', 'stroke/ours', ['stroke/untrimmed', 'stroke/regression', 'stroke/regression_plain',
+                                        'stroke/regression_head', 'stroke/no_head', 'stroke/head_odds_1',
+                                        'stroke/earlier'], BOTH),
     ('How much to believe in a lesion', 'stroke/ours', ['stroke/everywhere', 'stroke/odds_1', 'stroke/odds_12',
                                                         'stroke/head_odds_1', 'stroke/head_odds_1_weight_05'], BOTH),
     ('Loss, weights, decoder, without detail branch', 'stroke/no_detail',
