@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 from scipy import ndimage
 
-TOGETHER = 8      # items of like size in one box (batches)
+TOGETHER = 8      # items of one subject in one box (batches)
 TOLERANCE = 1e-3  # affine entries (mm), relative spacings and voxel offsets closer than this are the same
 
 
@@ -202,8 +202,8 @@ def box_size(extents, grid, more=0):
 def batches(images, at_most, trim):
     """How to go through the items of one subject (N, C, *S), background -1: [(numbers, box)], box a tuple of slices.
 
-    trim: a few items of like size at a time, in the box around them; those without brain in none. Otherwise all of
-    them, whole.
+    trim: TOGETHER items of like size have one box, the one around them, whatever at_most is, so that it changes no
+    image; items without brain have none. Otherwise all items, whole.
     """
     grid = images.shape[2:]
     if not trim:
@@ -213,10 +213,11 @@ def batches(images, at_most, trim):
     extents = np.array([extent(item) for item in inside])
     order = np.argsort((extents[..., 1] - extents[..., 0]).prod(1), kind='stable')
     order, found = [int(i) for i in order if inside[i].any()], []
-    for i in range(0, len(order), min(at_most, TOGETHER)):
-        numbers = order[i:i + min(at_most, TOGETHER)]
+    for i in range(0, len(order), TOGETHER):
+        numbers = order[i:i + TOGETHER]
         first, end = extents[numbers, :, 0].min(0), extents[numbers, :, 1].max(0)
         size = box_size(np.stack([first, end], axis=1)[None], grid)
         start = [int(np.clip((a + b - s) // 2, 0, n - s)) for a, b, s, n in zip(first, end, size, grid, strict=True)]
-        found.append((numbers, tuple(slice(a, a + s) for a, s in zip(start, size, strict=True))))
+        box = tuple(slice(a, a + s) for a, s in zip(start, size, strict=True))
+        found += [(numbers[j:j + at_most], box) for j in range(0, len(numbers), at_most)]
     return found

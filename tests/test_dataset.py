@@ -764,6 +764,7 @@ def test_groups_of_a_subject_hold_all_that_is_inside(grid):
         rest = images.copy()
         for numbers, box in groups:
             assert len(numbers) <= at_most
+            assert [box] == [other for mine, other in dataset.grid.batches(images, 32, True) if numbers[0] in mine]
             for b, n in zip(box, grid, strict=True):
                 assert 0 <= b.start < b.stop <= n and (b.stop - b.start) % 4 == 0
             rest[(numbers, slice(None), *box)] = -1
