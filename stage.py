@@ -29,6 +29,7 @@ except ImportError:  # not on Windows: no lock there
 # What the less obvious names in a last_ file's `fixed` mean, for messages.
 MEANING = dict(lists='lists (fingerprint of train.txt and validation.txt)', aae='autoencoder (its fingerprint)',
                unet='U-Net of stage 2 (its fingerprint)')
+OLDER = dict(trim=False)  # what a last_ file means that does not say it
 
 
 class CsvLog:
@@ -193,7 +194,7 @@ class Stage:
         """Take over the state, networks and optimisers of a last_ file, if it was trained with the same settings."""
         batch, processes = data['fixed'].get('batch_size', self.cfg.batch_size), data['processes']
         for key, value in self.fixed.items():
-            old = data['fixed'].get(key)
+            old = data['fixed'].get(key, OLDER.get(key))
             if key == 'targets' and old == value and list(old) != list(value):  # the order of the channels
                 old, value = list(old), list(value)
             if old != value and not (key == 'batch_size' and batch * processes == self.batch):

@@ -31,12 +31,12 @@ def settings(*words):
 class Loop:
     """A stage with a network of one number and a loop like the training scripts': what Stage promises them."""
 
-    def __init__(self, *words, steps=8, loss=lambda step: 1.0, before=None):
+    def __init__(self, *words, steps=8, loss=lambda step: 1.0, before=None, fixed=()):
         utils.seed_everything(0)
         self.cfg, self.run = settings(*words), utils.Run('cpu', 'fp32')
         self.net = nn.Linear(1, 1)
         self.opt, self.ema = optim.make('adam', [(self.net, 1)]), utils.EMA(self.net, 0.9)
-        self.stage = Stage(self.run, self.cfg, 'unet', ('task', 'seed', 'batch_size', 'lr'), lists=7)
+        self.stage = Stage(self.run, self.cfg, 'unet', ('task', 'seed', 'batch_size', 'lr', *fixed), lists=7)
         self.stage.describe('a network of one number')
         try:
             self.train(steps, loss, before)
@@ -167,6 +167,13 @@ def test_a_changed_fixed_setting_is_refused_with_both_values(words, old, new):
     assert f'last_unet.pth.tar was trained with {words[0][2:]} = {old}, now it is {new};' in text
     assert '--restart' in text and '\n' not in text
     assert [r['step'] for r in rows('loss_curve_unet.csv')] == [str(s) for s in range(8)]  # nothing was touched
+
+
+def test_a_run_from_before_a_setting_goes_on_as_without_it():
+    Loop()  # its file says nothing of trim
+    with pytest.raises(RunError, match='trim = False, now it is True'):
+        Loop('--trim', 'True', steps=10, fixed=('trim',))
+    assert Loop('--trim', 'False', steps=10, fixed=('trim',)).seen == [8, 9]
 
 
 def test_free_settings_may_change():
