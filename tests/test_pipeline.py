@@ -130,7 +130,7 @@ def test_the_control_and_the_regression_alone(trained):
     made_runs.call('infer', *words, '--exp', 'control', '--only_model')
     made_runs.call('infer', *words, '--exp', 'alone', '--stage', 'regression', '--only_model')
     made_runs.call('train_unet', *words, '--exp', 'rival', '--regression', 'True', '--regression_steps', '2',
-                   '--lesion_head', 'False')
+                   '--lesion_head', 'False', '--trim', 'False')
     made_runs.call('infer', *words, '--exp', 'rival', '--stage', 'regression', '--only_model')
     for name in ('control', 'alone', 'rival'):
         found = {path.name for path in Path('result', name).glob('test*.csv')}
