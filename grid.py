@@ -199,17 +199,17 @@ def box_size(extents, grid, more=0):
     return tuple(min(int(n), -(-int(size + more) // step) * step) for size, n in zip(largest, grid, strict=True))
 
 
-def batches(images, at_most, trim):
-    """How to go through the items of one subject (N, C, *S), background -1: [(numbers, box)], box a tuple of slices.
+def batches(mask, at_most, trim):
+    """How to go through the items of one subject, mask (N, 1, *S): [(numbers, box)], box a tuple of slices.
 
     trim: TOGETHER items of like size have one box, the one around them, whatever at_most is, so that it changes no
     image; items without brain have none. Otherwise all items, whole.
     """
-    grid = images.shape[2:]
+    grid = mask.shape[2:]
     if not trim:
-        numbers = list(range(len(images)))
-        return [(numbers[i:i + at_most], tuple(slice(0, n) for n in grid)) for i in range(0, len(images), at_most)]
-    inside = [item.max(axis=0) > -1 for item in images]
+        numbers = list(range(len(mask)))
+        return [(numbers[i:i + at_most], tuple(slice(0, n) for n in grid)) for i in range(0, len(mask), at_most)]
+    inside = [item[0] > 0 for item in mask]
     extents = np.array([extent(item) for item in inside])
     order = np.argsort((extents[..., 1] - extents[..., 0]).prod(1), kind='stable')
     order, found = [int(i) for i in order if inside[i].any()], []

@@ -126,7 +126,7 @@ def infer_split(cfg, run, model, spec, folder):
 
     def predict(subject, model=model):
         label = None if cfg.label == 'unknown' else labels.get(subject.id) if cfg.label == 'true' else int(cfg.label)
-        return translate(run, model, subject.stacked, subject.id, how, label)
+        return translate(run, model, subject.stacked, subject.id, how, label, subject.mask)
 
     if run.main:
         note = keep_aside(folder, record)
@@ -211,7 +211,7 @@ def baselines(cfg, run, model, predict):
     aae = load_model(cfg, run, 'aae').aae
 
     def reconstruct(subject):
-        batches = grid.batches(subject.target, cfg.eval_batch, subject.spec.trim)
+        batches = grid.batches(subject.mask, cfg.eval_batch, subject.spec.trim)
         return utils.in_batches(run, aae, batches, subject.target), None
 
     found = dict(mean=lambda subject: (mean_prediction(model.mean_image, subject), None), aae=reconstruct)
@@ -243,7 +243,7 @@ def infer_file(cfg, run, model, spec):
     subject = dataset.load_subject(replace(spec, lesion=None), files=files, with_truth=False)
     print(*(f'Note: {note}' for note in subject.notes), sep='\n', end='\n' * bool(subject.notes))
     label = int(cfg.label) if cfg.label.isdigit() else None
-    pred, std = translate(run, model, subject.stacked, subject.id, Sampling.of(cfg, spec), label)
+    pred, std = translate(run, model, subject.stacked, subject.id, Sampling.of(cfg, spec), label, subject.mask)
     qc = check_source(model, subject)
     record = prediction_record(cfg, model, spec)
     p = label_probability(run, model, subject.stacked)

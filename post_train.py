@@ -158,7 +158,7 @@ def main():
     current, how, diffusion = averaged(model, ema.net), Sampling.of(cfg, spec), model.diffusion
 
     def predict(subject):
-        return translate(run, current, subject.stacked, subject.id, how)
+        return translate(run, current, subject.stacked, subject.id, how, mask=subject.mask)
 
     if diffusion.predict == 'eps' and how.sampler == 'one_step':
         raise config.SettingError("sampler 'one_step' is refused: this network predicts eps; use --sampler ddim")

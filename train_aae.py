@@ -57,7 +57,7 @@ def validate(run, aae, spec, ids, batch_size):
     rows, ranges = [], {name: dataset.scaling_range(spec, name) for name in spec.targets}
     for id in ids[run.rank::run.world]:
         subject = dataset.load_subject(spec, id)
-        batches = grid.batches(subject.target, batch_size, spec.trim)
+        batches = grid.batches(subject.mask, batch_size, spec.trim)
         pred = subject.to_native(utils.in_batches(run, aae, batches, subject.target))
         rows.append(metrics.quick_row(pred, subject.truth(), subject.known_mask(), subject.native_lesion, ranges,
                                       spec.task, axis=subject.axial_axis))

@@ -171,26 +171,28 @@ def starting_noise(key, shape, k, device):
 
 
 @torch.no_grad()
-def translate(run, model, source, key, how, label=None):
+def translate(run, model, source, key, how, label=None, mask=None):
     """Translate the items of one subject: pred (N, K, *S), std (N, K, *S) or None, as scaled, from its Subject.stacked.
 
     With a lesion head they have one channel more: the probability of a lesion, 0..1.
 
     All slices start from the same noise, keyed by `key` = subject ID. how.samples latents are averaged before decoding;
     std is over the decoded samples. how.mirror: all of it once more for the mirrored source, and the mean of both
-    images. label: class number, or None for unknown. ValueError if one_step is asked of an eps network.
+    images. label: class number, or None for unknown. mask (N, 1, *S): the brain, for how.trim; None: source > -1.
+    ValueError if one_step is asked of an eps network.
     """
     source = torch.from_numpy(np.ascontiguousarray(source))
-    images = _translate_view(run, model, source, key, how, label)
+    mask = (source > -1).any(1, keepdim=True).numpy() if mask is None else mask
+    images = _translate_view(run, model, source, mask, key, how, label)
     if how.mirror:
-        images = (images + _translate_view(run, model, source.flip(2), key, how, label).flip(3)) / 2
+        images = (images + _translate_view(run, model, source.flip(2), mask[:, :, ::-1], key, how, label).flip(3)) / 2
     return images[0].numpy(), images[1:].std(0).numpy() if len(images) > 1 else None
 
 
-def _translate_view(run, model, source, key, how, label):
+def _translate_view(run, model, source, mask, key, how, label):
     """All items of a subject (N, C, *S) -> (1, N, K, *S), the prediction; with how.samples = m > 1 m samples follow."""
     whole = None
-    for numbers, box in grid.batches(source.numpy(), how.eval_batch, how.trim):
+    for numbers, box in grid.batches(mask, how.eval_batch, how.trim):
         with run.autocast():
             images = _translate_items(model, source[(numbers, slice(None), *box)].to(run.device), key, how, label,
                                       source.shape[2:], box)

@@ -71,6 +71,10 @@ def test_a_box_is_translated_as_an_image_of_its_size(dims, kind, samples, monkey
         return lambda: (k + 1) * (noise if shape[1] == grid[0] // 4 else here)
     monkeypatch.setattr('translate.starting_noise', starting_noise)
     trimmed, std = translate(run, net, whole, 'sub', Sampling(trim=True, samples=samples))
+    mask = np.zeros((3, 1, *grid), np.float32)
+    mask[(slice(0, 2), slice(None), *box)] = 1
+    again = translate(run, net, whole, 'sub', Sampling(trim=True, samples=samples), mask=mask)
+    assert np.array_equal(trimmed, again[0])
     small, small_std = translate(run, net, whole[inside], 'sub', Sampling(samples=samples))
     np.testing.assert_allclose(trimmed[inside], small, atol=1e-5)
     assert (std is None) == (small_std is None)
@@ -82,6 +86,14 @@ def test_a_box_is_translated_as_an_image_of_its_size(dims, kind, samples, monkey
     if kind == 'head':
         assert trimmed[:, 2][outside].max() < 1e-6 < trimmed[:, 2][~outside].min()
     assert kind == 'regression' or {shape[1] for shape in asked} == {grid[0] // 4, 3}
+
+
+def test_what_is_dark_in_the_mask_is_translated_too():
+    net, run = model(2, 'regression'), utils.Run('cpu', 'fp32')
+    source, mask = np.full((1, 3, 16, 16), -1, np.float32), np.zeros((1, 1, 16, 16), np.float32)
+    source[:, :, 6:10, 6:10], mask[:, :, 2:14, 2:14] = 0.5, 1
+    found = translate(run, net, source, 'sub', Sampling(trim=True), mask=mask)[0]
+    assert (found[:, :, 2:14, 2:14] != -1).all() and (found[:, :, :2] == -1).all()
 
 
 @pytest.mark.parametrize('kind', ['head', 'regression'])
