@@ -107,9 +107,7 @@ class Cohort(torch.utils.data.Dataset):
 
     def in_order(self, at_most):
         """All samples in lists of at most so many, to be read one by one; with spec.trim boxed, by size."""
-        numbers = np.arange(len(self))
-        if self.spec.trim:
-            numbers = np.argsort((self.extents[..., 1] - self.extents[..., 0]).prod(1), kind='stable')
+        numbers = grid.by_size(self.extents) if self.spec.trim else np.arange(len(self))
         lists = [numbers[i:i + at_most] for i in range(0, len(self), at_most)]
         return [self.boxed(part) for part in lists] if self.spec.trim else lists
 
@@ -128,9 +126,8 @@ class Cohort(torch.utils.data.Dataset):
         indices: a list of numbers, or Boxed; S is then the size of the box.
         """
         if isinstance(indices, Boxed):
-            whole, (_, starts, size) = self.__getitems__(indices.numbers), indices
-            return {name: cut(x, starts, size, BACKGROUND[name]) if name in BACKGROUND else x
-                    for name, x in whole.items()}
+            return {name: cut(x, indices.starts, indices.size, BACKGROUND[name]) if name in BACKGROUND else x
+                    for name, x in self.__getitems__(indices.numbers).items()}
         indices = [int(i) % len(self) for i in indices]
         channels = {'source': self.source_channels, 'target': self.target_channels, 'mask': 1, 'lesion': 1}
         batch = {name: torch.empty((len(indices), count, *self.size)) for name, count in channels.items()}

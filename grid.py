@@ -45,18 +45,20 @@ def turn_and_space(shape, affine, spacing):
 def crop_to_mask(mask, affine, size):
     """The part (shape, affine) of `size` voxels around the mask's centre; a size of None keeps that axis."""
     shape, shift = list(mask.shape), np.eye(4)
-    for axis, wanted in enumerate(size):
+    for axis, (wanted, (first, end)) in enumerate(zip(size, extent(mask), strict=True)):
         if wanted is not None:
-            inside = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
-            shift[axis, 3] = (inside[0] + inside[-1] + 1 - wanted) // 2
+            shift[axis, 3] = (first + end - wanted) // 2
             shape[axis] = wanted
     return tuple(shape), affine @ shift
 
 
-def mask_extent(mask):
-    """Voxels from the first to the last of the mask along each axis."""
-    lines = [np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis}))) for axis in range(3)]
-    return [int(line[-1] - line[0] + 1) if len(line) else 0 for line in lines]
+def extent(mask):
+    """First voxel and end of a mask along each axis, (dims, 2); 0, 0 where it is empty."""
+    axes, found = range(mask.ndim), []
+    for axis in axes:
+        line = np.flatnonzero(mask.any(axis=tuple(other for other in axes if other != axis)))
+        found.append((line[0], line[-1] + 1) if len(line) else (0, 0))
+    return np.array(found)
 
 
 def _axis_weights(scale, offset, size, to_size):
@@ -181,13 +183,9 @@ def stack_slices(source, context):
 # ------------------------------------------------------------------------------------------------------------------
 # Boxes: most of an image is not brain, and need not be computed
 
-def extent(inside):
-    """First voxel and end of what is inside along each axis, (dims, 2); of the whole grid where nothing is."""
-    axes, found = range(inside.ndim), []
-    for axis in axes:
-        line = np.flatnonzero(inside.any(axis=tuple(other for other in axes if other != axis)))
-        found.append((line[0], line[-1] + 1) if len(line) else (0, inside.shape[axis]))
-    return np.array(found)
+def by_size(extents):
+    """The order of some extents (n, dims, 2), the smallest first."""
+    return np.argsort((extents[..., 1] - extents[..., 0]).prod(1), kind='stable')
 
 
 def box_size(extents, grid, more=0):
@@ -209,10 +207,8 @@ def batches(mask, at_most, trim):
     if not trim:
         numbers = list(range(len(mask)))
         return [(numbers[i:i + at_most], tuple(slice(0, n) for n in grid)) for i in range(0, len(mask), at_most)]
-    inside = [item[0] > 0 for item in mask]
-    extents = np.array([extent(item) for item in inside])
-    order = np.argsort((extents[..., 1] - extents[..., 0]).prod(1), kind='stable')
-    order, found = [int(i) for i in order if inside[i].any()], []
+    extents = np.array([extent(item[0] > 0) for item in mask])
+    order, found = [int(i) for i in by_size(extents) if extents[i].any()], []
     for i in range(0, len(order), TOGETHER):
         numbers = order[i:i + TOGETHER]
         first, end = extents[numbers, :, 0].min(0), extents[numbers, :, 1].max(0)

@@ -216,8 +216,8 @@ class SourceWhitening(nn.Module):
 
     CT perfusion's few HU of contrast come to unit size: the largest principal components over the channels, in the
     mask, each divided by sqrt(variance + median variance), so that signal comes to unit variance, components that hold
-    noise alone to half of it. Where most channels repeat each other, noise counts as at least 1e-4 of the largest
-    variance: rounding is not signal. Trained with the rest.
+    noise alone to half of it. Where most channels repeat each other, noise counts as at least 1e-7 of the largest
+    variance, float32's precision: rounding is not signal. Trained with the rest.
     """
 
     KEPT = 16  # of the 45 channels of three slices: as good as all of them, and a little faster
@@ -233,7 +233,7 @@ class SourceWhitening(nn.Module):
         rows = source.movedim(1, -1)[mask[:, 0] > 0].double()  # (voxels, C)
         mean = rows.mean(0)
         values, vectors = torch.linalg.eigh(torch.cov(rows.T).view(len(mean), -1))
-        noise = torch.maximum(values.median(), 1e-4 * values[-1]).clamp(min=1e-12)
+        noise = torch.maximum(values.median(), 1e-7 * values[-1]).clamp(min=1e-12)
         weight = vectors.T / (values.clamp(min=0) + noise).sqrt()[:, None]
         weight = weight.flip(0)[:self.kept]  # the largest first
         self.conv.weight.copy_(weight.view_as(self.conv.weight))

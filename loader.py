@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from grid import by_size
+
 BACKGROUND = {'source': -1, 'target': -1, 'mask': 0, 'lesion': 0}
 WINDOW = 4   # steps whose samples are sorted by size with spec.trim
 
@@ -51,8 +53,7 @@ class _Batches:
     def _window(self, number):
         """The samples of WINDOW steps, (WINDOW, batch): those of like size in one step."""
         numbers = self._stream(number * WINDOW * self.batch, WINDOW * self.batch)
-        extents = self.cohort.extents[numbers]
-        numbers = numbers[np.argsort((extents[..., 1] - extents[..., 0]).prod(1), kind='stable')]
+        numbers = numbers[by_size(self.cohort.extents[numbers])]
         rng = np.random.default_rng((self.seed, number, WINDOW))
         return rng.permuted(rng.permutation(numbers.reshape(WINDOW, self.batch)), axis=1)
 

@@ -247,7 +247,7 @@ def load_subject(spec, id=None, files=None, with_truth=True, report=None):
     shape, affine = grids.turn_and_space(shape, affine, spec.spacing)
     working = grids.onto(mask[None].astype(np.float32), own.affine, affine, shape)[0] >= 0.5
     size = (*(spec.image_size or (None,) * spec.spatial_dims), None)[:3]
-    extent = grids.mask_extent(working)
+    extent = np.diff(grids.extent(working))[:, 0].tolist()
     if not working.any():
         fault(DataError(f'{mask_path} is empty on the working grid; check its affine, lower spacing = {spec.spacing}.'))
     elif any(n and n < m for n, m in zip(size, extent, strict=True)):

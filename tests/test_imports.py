@@ -27,6 +27,7 @@ MORE = {                                                         # what else a f
     'splits': {'volume'},
     'check': {'volume'},
     'subject': {'volume', 'grid', 'splits', 'check'},
+    'loader': {'grid'},
     'dataset': {'volume', 'grid', 'splits', 'check', 'subject', 'loader'},
     'train_unet': {'infer'},                                     # validation runs the very code that inference runs
     'post_train': {'infer'},
