@@ -91,7 +91,7 @@ disc_ramp = 40                   # ... and its weight rises over this many steps
 regression = False               # train_unet.py: train the baseline instead, a plain U-Net from source to target
 regression_lr = 5e-4             # its peak learning rate
 regression_channels = (32, 64, 96)  # its widths; with those of detail_channels stage 3 starts from it
-regression_steps = 2600          # its steps
+regression_steps = 3400          # its steps
 
 # Post-training
 post_loss = 'l1'                 # l1; l2_l1: squared error in the mask, L1 in the lesion; lapt: LAPT's, see losses.py
@@ -101,7 +101,7 @@ w_image = 0.5                    # weight of the error in the brain mask
 w_lesion = 0.3                   # weight of the error in the lesion
 lesion_head = True               # detail branch, regression: a head decides where the lesion is; False: plain
 w_head = 0.05                    # weight of its cross entropy with the lesion mask
-lesion_odds = 6.0                # stage 3, inference: the image holds this many times the head's odds of a lesion
+lesion_odds = 8.0                # stage 3, inference: the image holds this many times the head's odds of a lesion
 lesion_core = 0.7                # inference: the odds count within 6 mm of a voxel above this probability; 0: anywhere
 label_head = True                # detail branch, regression of volumes with labels: one image a class; False: one image
 lesion_floor = 0.1               # l1, l2_l1: a lesion below this share of the mask counts by its size, not fully

@@ -125,28 +125,37 @@ class Cohort(torch.utils.data.Dataset):
 
         indices: a list of numbers, or Boxed; S is then the size of the box.
         """
-        if isinstance(indices, Boxed):
-            return {name: cut(x, indices.starts, indices.size, BACKGROUND[name]) if name in BACKGROUND else x
-                    for name, x in self.__getitems__(indices.numbers).items()}
-        indices = [int(i) % len(self) for i in indices]
+        boxed = indices if isinstance(indices, Boxed) else None
+        numbers = [int(i) % len(self) for i in (boxed.numbers if boxed else indices)]
         channels = {'source': self.source_channels, 'target': self.target_channels, 'mask': 1, 'lesion': 1}
-        batch = {name: torch.empty((len(indices), count, *self.size)) for name, count in channels.items()}
-        places, k = [self.locate(i) for i in indices], self.spec.context
-        sources = batch['source'].view(len(indices), 2 * k + 1, -1, *self.size)
-        for row, (subject, sample) in enumerate(places):
-            path, offset, shape = self.files[subject]
-            with open(path, 'rb', buffering=0) as file:
-                for j in [*(j for j in range(2 * k + 1) if j != k), k]:  # the sample itself last: the rest follows it
-                    if not 0 <= sample + j - k < shape[0]:
-                        sources[row, j] = BACKGROUND['source']
-                        continue
-                    file.seek(offset + (sample + j - k) * 4 * int(np.prod(shape[1:])))
-                    _read_into(file, sources[row, j], path)
-                for name in ('target', 'mask', 'lesion'):
-                    _read_into(file, batch[name][row], path)
-        batch['label'] = torch.tensor([self.labels[subject] for subject, _ in places])
-        batch['index'] = torch.tensor(indices)
+        size = boxed.size if boxed else self.size
+        batch = {name: torch.empty((len(numbers), count, *size)) for name, count in channels.items()}
+        whole = {name: torch.empty((count, *self.size)) for name, count in channels.items()} if boxed else None
+        for row, number in enumerate(numbers):
+            sample = {name: images[row] for name, images in batch.items()}
+            self._read(number, whole or sample)
+            if boxed:
+                for name, box in sample.items():
+                    cut(whole[name], boxed.starts[row], box, BACKGROUND[name])
+        batch['label'] = torch.tensor([self.labels[self.locate(i)[0]] for i in numbers])
+        batch['index'] = torch.tensor(numbers)
         return batch
+
+    def _read(self, number, sample):
+        """Read a sample into contiguous tensors: source (C, *S), target (K, *S), mask, lesion (1, *S)."""
+        subject, place = self.locate(number)
+        path, offset, shape = self.files[subject]
+        k = self.spec.context
+        sources = sample['source'].view(2 * k + 1, -1, *self.size)
+        with open(path, 'rb', buffering=0) as file:
+            for j in [*(j for j in range(2 * k + 1) if j != k), k]:  # the sample itself last: the rest follows it
+                if not 0 <= place + j - k < shape[0]:
+                    sources[j] = BACKGROUND['source']
+                    continue
+                file.seek(offset + (place + j - k) * 4 * int(np.prod(shape[1:])))
+                _read_into(file, sources[j], path)
+            for name in ('target', 'mask', 'lesion'):
+                _read_into(file, sample[name], path)
 
 
 def _read_into(file, tensor, path):

@@ -20,15 +20,14 @@ class Boxed(NamedTuple):
     size: tuple
 
 
-def cut(images, starts, size, background):
-    """Boxes (B, C, *size) of images (B, C, *S), one a sample, from `starts` on; background where they stick out."""
-    boxes = images.new_full((*images.shape[:2], *size), background)
-    for box, image, start in zip(boxes, images, starts, strict=True):
-        along = list(zip(start, size, image.shape[1:], strict=True))
-        put = tuple(slice(max(0, -a), min(s, n - a)) for a, s, n in along)
-        take = tuple(slice(max(0, a), min(n, a + s)) for a, s, n in along)
-        box[(slice(None), *put)] = image[(slice(None), *take)]
-    return boxes
+def cut(image, start, box, background):
+    """Fill a box (C, *size) from an image (C, *S), from `start` on; with background where it sticks out."""
+    along = list(zip(start, box.shape[1:], image.shape[1:], strict=True))
+    put = tuple(slice(max(0, -a), min(s, n - a)) for a, s, n in along)
+    take = tuple(slice(max(0, a), min(n, a + s)) for a, s, n in along)
+    if any(a < 0 or a + s > n for a, s, n in along):
+        box.fill_(background)
+    box[(slice(None), *put)] = image[(slice(None), *take)]
 
 
 class _Batches:

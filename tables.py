@@ -22,11 +22,15 @@ TEST = ('test',)
 TABLES = [  # title, the first line, the others, sets
     ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/start', 'stroke/start_odds_1'],
      BOTH),
-    ('Recipes, stroke', 'stroke/ours', ['stroke/untrimmed', 'stroke/regression', 'stroke/regression_plain',
-                                        'stroke/regression_head', 'stroke/no_head', 'stroke/head_odds_1',
-                                        'stroke/earlier'], BOTH),
-    ('How much to believe in a lesion', 'stroke/ours', ['stroke/everywhere', 'stroke/odds_1', 'stroke/odds_12',
-                                                        'stroke/head_odds_1', 'stroke/head_odds_1_weight_05'], BOTH),
+    ('Recipes, stroke', 'stroke/ours',
+     ['stroke/regression_boxed', 'stroke/plain_boxed', 'stroke/head_boxed', 'stroke/steps_2600', 'stroke/untrimmed',
+      'stroke/regression', 'stroke/regression_plain', 'stroke/regression_head', 'stroke/no_head', 'stroke/head_odds_1',
+      'stroke/earlier'], BOTH),
+    ('Recipes, stroke, in equal time', 'stroke/ours',
+     ['stroke/regression_boxed', 'stroke/plain_boxed', 'stroke/head_boxed'], ('fresh',)),
+    ('How much to believe in a lesion', 'stroke/ours', ['stroke/odds_1', 'stroke/odds_6', 'stroke/odds_12',
+                                                        'stroke/everywhere', 'stroke/head_odds_1',
+                                                        'stroke/head_odds_1_weight_05'], BOTH),
     ('Loss, weights, decoder, without detail branch', 'stroke/no_detail',
      ['stroke/no_detail_weight_0', 'stroke/no_detail_weight_2', 'stroke/lapt_loss', 'stroke/frozen_decoder'], TEST),
     ('Recipes, stroke, one seed', 'stroke/ours',
@@ -63,7 +67,7 @@ TABLES = [  # title, the first line, the others, sets
      TEST),
 ]
 # The figure: lesion MAE against PSNR as the lesion's weight, or its odds in inference, grow.
-CURVES = {'ours: lesion_odds 1, 6, 12': ('stroke/odds_1', 'stroke/ours', 'stroke/odds_12'),
+CURVES = {'ours: lesion_odds 1, 6, 8, 12': ('stroke/odds_1', 'stroke/odds_6', 'stroke/ours', 'stroke/odds_12'),
           'before the odds: its start, w_lesion 0.3, 0.5': ('stroke/start_odds_1', 'stroke/head_odds_1',
                                                            'stroke/head_odds_1_weight_05'),
           'before the lesion head: its start, w_lesion 0.3, 0.5, 1': ('stroke/earlier_start', 'stroke/earlier',
@@ -71,8 +75,8 @@ CURVES = {'ours: lesion_odds 1, 6, 12': ('stroke/odds_1', 'stroke/ours', 'stroke
           'without detail branch: control, w_lesion 0, 0.3, 2': (
               'stroke/control', 'stroke/no_detail_weight_0', 'stroke/no_detail', 'stroke/no_detail_weight_2'),
           "without detail branch, LAPT's loss": ('stroke/lapt_loss',),
-          'regression U-Net: w_lesion 0, 0.3': ('stroke/regression_plain', 'stroke/regression'),
-          'regression U-Net with our lesion head, lesion_odds 6': ('stroke/regression_head',)}
+          'regression U-Net: w_lesion 0, 0.3': ('stroke/plain_boxed', 'stroke/regression_boxed'),
+          'regression U-Net with our lesion head and odds': ('stroke/head_boxed',)}
 
 
 def files(trial, group):

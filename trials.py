@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FIGURES = Path('docs/study')
-SETS = {'test': ('--seed', '2'), 'shifted': ('--seed', '3', '--kind', 'shifted')}
+SETS = {'test': ('--seed', '2'), 'shifted': ('--seed', '3', '--kind', 'shifted'), 'fresh': ('--seed', '7')}
 FEW = {'first10': ('test', 10)}  # the first so many subjects of a set: for what takes a minute a subject
 SUBJECTS = {'stroke': (200, 60), 'amyloid': (192, 100)}  # phantoms for training and validation, and of each test set
 TASKS = {'stroke': 'ctp2dwi', 'amyloid': 'mri2pet'}
@@ -43,11 +43,15 @@ AAE, UNET, POST = 'train_aae.py', 'train_unet.py', 'post_train.py'
 REGRESSION = f'{UNET} --regression True'
 ALL, THREE = (AAE, UNET, f'{REGRESSION} --w_lesion 0', POST), (0, 1, 2)
 BOTH, MORE, VALIDATION = ('test', 'shifted'), ('test', 'shifted', 'validation'), ('validation',)
+FRESH = ('test', 'shifted', 'fresh')
 LATENT = f'{POST} --detail_branch False --post_steps 300'
 WHOLE = '--trim False'  # on the whole grid
 LONG = f'{REGRESSION} --regression_steps 2600 {WHOLE}'
 PLAIN = f'{LONG} --w_lesion 0 --lesion_head False'
+BOXED = f'{REGRESSION} --lesion_head False --regression_steps 4300'
 EVERYWHERE = '--lesion_odds 4 --lesion_core 0'
+ODDS_6 = '--lesion_odds 6'  # the default of then
+POST_6 = f'{POST} {ODDS_6}'
 LAPT_LOSS = '--post_loss lapt --w_diffusion 1 --w_image 0.01 --w_lesion 0.02'
 LAPT = ('--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam --context 0 '
         '--trim False')
@@ -67,11 +71,16 @@ STEPS_HALF = '--aae_steps 60', '--unet_steps 60', '--regression_steps 750', '--p
 STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000', '--post_steps 600'
 
 TRIALS = [
-    # Stroke. The rivals have the time of all stages of ours on the whole grid, a quarter more than ours has.
-    Trial('stroke/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=MORE),
-    Trial('stroke/untrimmed', 'ours on the whole grid, 2150 steps of regression',
-          (OLD_AAE, OLD_UNET, f'{REGRESSION} --w_lesion 0 {WHOLE} --regression_steps 2150', POST), seeds=THREE,
+    # Stroke. The rivals in boxes have the time of all stages of ours; those on the whole grid that of ours there.
+    Trial('stroke/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=(*FRESH, *VALIDATION)),
+    Trial('stroke/odds_6', 'ours, lesion_odds 6 in stage 3 and inference', (POST_6,), 'stroke/ours', ODDS_6,
+          THREE, MORE),
+    Trial('stroke/steps_2600', 'ours, 2600 steps of regression, odds 6',
+          (AAE, UNET, f'{REGRESSION} --w_lesion 0 --regression_steps 2600', POST_6), infer=ODDS_6, seeds=THREE,
           sets=MORE),
+    Trial('stroke/untrimmed', 'ours on the whole grid, 2150 steps of regression, odds 6',
+          (OLD_AAE, OLD_UNET, f'{REGRESSION} --w_lesion 0 {WHOLE} --regression_steps 2150', POST_6), infer=ODDS_6,
+          seeds=THREE, sets=MORE),
     Trial('stroke/start', 'the regression with lesion head that stage 3 starts from, the same odds', (), 'stroke/ours',
           '--stage regression', THREE, BOTH),
     Trial('stroke/odds_1', 'ours, lesion_odds 1 in inference', (), 'stroke/ours', '--lesion_odds 1', THREE, BOTH),
@@ -80,12 +89,18 @@ TRIALS = [
           (f'{POST} {EVERYWHERE}',), 'stroke/untrimmed', EVERYWHERE, THREE, MORE),
     Trial('stroke/start_odds_1', 'the regression that ours on the whole grid starts from, lesion_odds 1', (),
           'stroke/untrimmed', '--stage regression --lesion_odds 1', THREE, BOTH),
-    Trial('stroke/regression', 'regression U-Net on the image grid, the same lesion weight, 2600 steps',
+    Trial('stroke/regression', 'regression U-Net, the same lesion weight, 2600 steps on the whole grid',
           (f'{LONG} --lesion_head False',), 'stroke/untrimmed', '--stage regression', THREE, BOTH),
-    Trial('stroke/regression_plain', 'regression U-Net on the image grid, no lesion weight, 2600 steps',
+    Trial('stroke/regression_plain', 'regression U-Net, no lesion weight, 2600 steps on the whole grid',
           (PLAIN,), 'stroke/untrimmed', '--stage regression', THREE, BOTH),
-    Trial('stroke/regression_head', 'regression U-Net with our lesion head and odds, 2600 steps',
-          (f'{LONG} --w_lesion 0',), 'stroke/untrimmed', '--stage regression', THREE, BOTH),
+    Trial('stroke/regression_boxed', 'regression U-Net, the same lesion weight, 4300 steps in boxes, equal time',
+          (BOXED,), 'stroke/ours', '--stage regression', THREE, FRESH),
+    Trial('stroke/plain_boxed', 'regression U-Net, no lesion weight, 4300 steps in boxes, equal time',
+          (f'{BOXED} --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, FRESH),
+    Trial('stroke/head_boxed', 'regression U-Net with our lesion head and odds, 4300 steps in boxes, equal time',
+          (f'{REGRESSION} --w_lesion 0 --regression_steps 4300',), 'stroke/ours', '--stage regression', THREE, FRESH),
+    Trial('stroke/regression_head', 'regression U-Net with our lesion head, odds 6, 2600 steps on the whole grid',
+          (f'{LONG} --w_lesion 0',), 'stroke/untrimmed', f'--stage regression {ODDS_6}', THREE, BOTH),
     Trial('stroke/no_head', 'ours on the whole grid without lesion head',
           (f'{REGRESSION} --w_lesion 0 --lesion_head False {WHOLE} --regression_steps 2150',
            f'{POST} --lesion_head False'), 'stroke/untrimmed', sets=BOTH),
@@ -97,9 +112,10 @@ TRIALS = [
     Trial('stroke/regression_simple', 'plain regression, single slices, AdamW at 2e-3, not mirrored',
           (f'{PLAIN} --context 0 --optimizer adam --regression_lr 2e-3',), 'stroke/untrimmed',
           '--stage regression --mirror False'),
-    Trial('stroke/stage2', 'the latent network before post-training', (), 'stroke/ours', '--stage unet', THREE, BOTH),
+    Trial('stroke/stage2', 'the latent network before post-training', (), 'stroke/steps_2600', '--stage unet', THREE,
+          BOTH),
     Trial('stroke/control', 'latent network trained on for 300 steps with w_image = w_lesion = 0',
-          (f'{LATENT} --w_image 0 --w_lesion 0',), 'stroke/ours', seeds=THREE, sets=BOTH),
+          (f'{LATENT} --w_image 0 --w_lesion 0',), 'stroke/steps_2600', seeds=THREE, sets=BOTH),
     Trial('stroke/no_detail', 'post-training without detail branch, 300 steps', (LATENT,),
           'stroke/untrimmed', seeds=THREE),
     Trial('stroke/no_detail_weight_0', 'without detail branch, w_lesion 0', (f'{LATENT} --w_lesion 0',),

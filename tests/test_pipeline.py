@@ -97,7 +97,7 @@ def test_every_file_of_the_contract_is_there(trained):
             assert 0 <= image.min() and image.max() <= 1 and np.ptp(image[inside]) > 0 and not image[~inside].any()
         record = json.loads((folder / 'pred' / id / 'prediction.json').read_text())
         assert record['id'] == id and record['sampler'] == 'one_step' and 'Unet_post' in record['checkpoint']
-        assert record['lesion_odds'] == 6 and record['lesion_core'] == 0.7
+        assert record['lesion_odds'] == 8 and record['lesion_core'] == 0.7
         assert (record['seed'], record['label'], set(record['units'])) == (0, 'unknown', set(settings['targets']))
         assert record['settings']['task'] == task and record['settings']['scaling']['source']
     calibration = folder / 'test_lesion_calibration.csv'
