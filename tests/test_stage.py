@@ -299,7 +299,7 @@ def test_nan_in_a_real_run_names_the_subject(monkeypatch, capsys):
 
     def spoiled(self, indices):
         batch = get(self, indices)
-        if len(indices) == 2:  # a training batch
+        if len(batch['index']) == 2:  # a training batch
             for row, index in enumerate(batch['index'].tolist()):
                 if self.id_of(index) == 's02':
                     batch['target'][row] = float('nan')
