@@ -8,7 +8,8 @@ python study.py --tables          only the tables, from the figures under docs/s
 
 A run is done when the figures of each test subject lie under docs/study; they are small and stay with the code. Two
 processes at once are no harm: each takes what nobody has begun. The test sets are phantoms of other seeds, the second
-of another kind (`phantom.py --kind shifted`). docs/RESULTS.md says what was decided with their figures at hand.
+of another kind (`phantom.py --kind shifted`), the third for one comparison alone. docs/RESULTS.md says what was decided
+with their figures at hand.
 """
 
 import argparse
