@@ -43,12 +43,12 @@ AAE, UNET, POST = 'train_aae.py', 'train_unet.py', 'post_train.py'
 REGRESSION = f'{UNET} --regression True'
 ALL, THREE = (AAE, UNET, f'{REGRESSION} --w_lesion 0', POST), (0, 1, 2)
 BOTH, MORE, VALIDATION = ('test', 'shifted'), ('test', 'shifted', 'validation'), ('validation',)
-FRESH = ('test', 'shifted', 'fresh')
+WITH_FRESH = (*BOTH, 'fresh')
 LATENT = f'{POST} --detail_branch False --post_steps 300'
 WHOLE = '--trim False'  # on the whole grid
 LONG = f'{REGRESSION} --regression_steps 2600 {WHOLE}'
 PLAIN = f'{LONG} --w_lesion 0 --lesion_head False'
-BOXED = f'{REGRESSION} --lesion_head False --regression_steps 4300'
+BOXED = f'{REGRESSION} --regression_steps 4300'
 EVERYWHERE = '--lesion_odds 4 --lesion_core 0'
 ODDS_6 = '--lesion_odds 6'  # the default of then
 POST_6 = f'{POST} {ODDS_6}'
@@ -72,7 +72,7 @@ STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000',
 
 TRIALS = [
     # Stroke. The rivals in boxes have the time of all stages of ours; those on the whole grid that of ours there.
-    Trial('stroke/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=(*FRESH, *VALIDATION)),
+    Trial('stroke/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=(*WITH_FRESH, *VALIDATION)),
     Trial('stroke/odds_6', 'ours, lesion_odds 6 in stage 3 and inference', (POST_6,), 'stroke/ours', ODDS_6,
           THREE, MORE),
     Trial('stroke/steps_2600', 'ours, 2600 steps of regression, odds 6',
@@ -94,11 +94,11 @@ TRIALS = [
     Trial('stroke/regression_plain', 'regression U-Net, no lesion weight, 2600 steps on the whole grid',
           (PLAIN,), 'stroke/untrimmed', '--stage regression', THREE, BOTH),
     Trial('stroke/regression_boxed', 'regression U-Net, the same lesion weight, 4300 steps in boxes, equal time',
-          (BOXED,), 'stroke/ours', '--stage regression', THREE, FRESH),
+          (f'{BOXED} --lesion_head False',), 'stroke/ours', '--stage regression', THREE, WITH_FRESH),
     Trial('stroke/plain_boxed', 'regression U-Net, no lesion weight, 4300 steps in boxes, equal time',
-          (f'{BOXED} --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, FRESH),
+          (f'{BOXED} --lesion_head False --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, WITH_FRESH),
     Trial('stroke/head_boxed', 'regression U-Net with our lesion head and odds, 4300 steps in boxes, equal time',
-          (f'{REGRESSION} --w_lesion 0 --regression_steps 4300',), 'stroke/ours', '--stage regression', THREE, FRESH),
+          (f'{BOXED} --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, WITH_FRESH),
     Trial('stroke/regression_head', 'regression U-Net with our lesion head, odds 6, 2600 steps on the whole grid',
           (f'{LONG} --w_lesion 0',), 'stroke/untrimmed', f'--stage regression {ODDS_6}', THREE, BOTH),
     Trial('stroke/no_head', 'ours on the whole grid without lesion head',
@@ -106,9 +106,9 @@ TRIALS = [
            f'{POST} --lesion_head False'), 'stroke/untrimmed', sets=BOTH),
     Trial('stroke/head_odds_1', 'ours before the odds: the lesion weight alone moves the lesion',
           (OLD_AAE, OLD_UNET, f'{REGRESSION} --w_lesion 0 {WHOLE} --regression_steps 1900', HEAVY),
-          seeds=THREE, sets=MORE),
+          infer='--lesion_odds 1', seeds=THREE, sets=MORE),
     Trial('stroke/head_odds_1_weight_05', 'the same, w_lesion 0.5', (f'{HEAVY} --w_lesion 0.5',), 'stroke/head_odds_1',
-          sets=BOTH),
+          '--lesion_odds 1', sets=BOTH),
     Trial('stroke/regression_simple', 'plain regression, single slices, AdamW at 2e-3, not mirrored',
           (f'{PLAIN} --context 0 --optimizer adam --regression_lr 2e-3',), 'stroke/untrimmed',
           '--stage regression --mirror False'),
