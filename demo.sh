@@ -5,11 +5,12 @@
 #   bash demo.sh mri2pet_demo        amyloid: T1 MRI to PET
 #   bash demo.sh ctp2dwi_demo --exp exp_9 --seed 1      settings after the preset go to every stage
 #
-# Run it again to go on where it stopped. SUBJECTS=12 bash demo.sh makes fewer phantoms. Both tasks may run at once.
+# Run it again to go on where it stopped. SUBJECTS=12 bash demo.sh makes fewer phantoms, SHARE=1 bash demo.sh takes all
+# steps on a slow machine too. Both tasks may run at once.
 set -euo pipefail
 
 case ${1:-} in
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
     '' | -*) preset=ctp2dwi_demo ;;
     ctp2dwi_demo | mri2pet_demo) preset=$1; shift ;;
     *) echo "demo.sh: the demos are ctp2dwi_demo and mri2pet_demo, not '$1'; other presets need your own data: see config.py." >&2; exit 2 ;;
@@ -33,17 +34,36 @@ stage() {
     times+=$(printf '\n%-12s %6d s' "$name" $((SECONDS - began)))
 }
 
-# What the settings make of the preset and the arguments: the last line holds the task, the experiment and the data folder.
+# What the settings make of the preset and the arguments, in the last line: the task, the experiment, the data folder and
+# how many steps the stages take here: all of them with a GPU or AMX; else as many as fit into some ten minutes, on two
+# cores without fast bfloat16 a sixth of the regression's and half of the others'. SHARE=1 takes all.
 settings=$("$python" -c '
+import os
 import sys
 import config
+import utils
+SHARES = {"ctp2dwi": dict(bf16=1 / 2, slow=1 / 6), "mri2pet": dict(slow=1 / 6)}
 try:
     cfg = config.load("demo", argv=sys.argv[1:])
+    kind, threads = utils.machine()
+    share = float(os.environ.get("SHARE") or min(1, SHARES[cfg.task].get(kind, 1) * threads / 2))
+    if not 0 < share <= 1:
+        raise ValueError
 except config.SettingError as error:
     sys.exit(f"demo.sh: {error}.")
-print(cfg.task, cfg.exp, cfg.data_root, sep="\t")
+except ValueError:
+    sys.exit("demo.sh: SHARE must be a number above 0 and at most 1, the share of the steps to take.")
+stages = {f"{name}_steps": share if name == "regression" else min(1, 3 * share)
+          for name in ("aae", "unet", "regression", "post")}
+steps = {name: max(1, round(getattr(cfg, name) * part)) for name, part in stages.items()
+         if cfg.origin[name] != "command line"}
+words = " ".join(f"--{name} {count}" for name, count in steps.items()) if share < 1 else ""
+print(cfg.task, cfg.exp, cfg.data_root, words, sep="\t")
 ' --preset "$preset" "$@") || exit 1
-IFS=$'\t' read -r task exp data <<< "${settings##*$'\n'}"
+IFS=$'\t' read -r task exp data steps <<< "${settings##*$'\n'}"
+if [ -n "$steps" ]; then
+    printf 'demo.sh: fewer steps than the settings say, for this machine to end within ten minutes or so: %s. SHARE=1 bash demo.sh takes all.\n' "$steps"
+fi
 
 logs=result/demo_$exp
 mkdir -p "$logs"
@@ -52,12 +72,13 @@ mkdir -p "$logs"
 subjects=200
 if [ "$task" = mri2pet ]; then subjects=192; fi    # one volume a subject, where stroke has some 25 slices
 stage phantom phantom.py --task "$task" --out "$data" --subjects "${SUBJECTS:-$subjects}" --seed 1
-stage train_aae train_aae.py --preset "$preset" "$@"
-stage train_unet train_unet.py --preset "$preset" "$@"
-stage regression train_unet.py --regression True --w_lesion 0 --preset "$preset" "$@"
-stage post_train post_train.py --preset "$preset" "$@"
-stage infer infer.py --preset "$preset" --split test "$@"
-stage plot plot.py --preset "$preset" "$@"
+set -- --preset "$preset" $steps "$@"
+stage train_aae train_aae.py "$@"
+stage train_unet train_unet.py "$@"
+stage regression train_unet.py --regression True --w_lesion 0 "$@"
+stage post_train post_train.py "$@"
+stage infer infer.py --split test "$@"
+stage plot plot.py "$@"
 
 printf '\n=== test subjects: result/%s/test_summary.csv\n' "$exp"
 "$python" -c '

@@ -84,13 +84,24 @@ def _environment(name, default):
     return int(text)
 
 
+def cpu_flags():
+    """What this CPU can do, as Linux names it: {'avx2', 'avx512f', 'amx_bf16', ...}; empty where it does not say."""
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return set()
+    return set(next((x for x in lines if x.startswith('flags')), '').split())
+
+
 def fast_bf16():
     """Whether this CPU multiplies bfloat16 in hardware."""
-    try:
-        flags = Path('/proc/cpuinfo').read_text()
-    except OSError:
-        return False
-    return 'avx512_bf16' in flags or 'amx_bf16' in flags
+    return bool(cpu_flags() & {'avx512_bf16', 'amx_bf16'})
+
+
+def machine():
+    """How fast a step is here, and the threads: 'fast' (a GPU, AMX), 'bf16' (other CPUs that are fast in it), 'slow'."""
+    fast = torch.cuda.is_available() or 'amx_bf16' in cpu_flags()
+    return 'fast' if fast else 'bf16' if fast_bf16() else 'slow', torch.get_num_threads()
 
 
 class Run:
@@ -140,11 +151,13 @@ class Run:
     def place(self, net, grid=()):
         """A network on the device, its convolutions channels-last: faster on a CPU, in 2D and 3D (CUDA: not measured).
 
-        Not so on a CPU where the grid that it works on, if told, has at most 2048 positions: group norm takes longer.
+        Not so on a CPU where the grid that it works on, if told, has at most 2048 positions (group norm takes longer),
+        nor in 2D on a CPU without AVX-512 (the gradient of the weights takes half as long again, or more).
         """
-        if self.device.type == 'cpu' and grid and math.prod(grid) <= 2048:
-            return net.to(self.device)
         three_d = any(isinstance(m, torch.nn.Conv3d) for m in net.modules())
+        small = grid and math.prod(grid) <= 2048
+        if self.device.type == 'cpu' and (small or not three_d and 'avx512f' not in cpu_flags()):
+            return net.to(self.device)
         return net.to(self.device, memory_format=torch.channels_last_3d if three_d else torch.channels_last)
 
     @torch.no_grad()
