@@ -6,7 +6,7 @@
 #   bash demo.sh ctp2dwi_demo --exp exp_9 --seed 1      settings after the preset go to every stage
 #
 # Run it again to go on where it stopped. SUBJECTS=12 bash demo.sh makes fewer phantoms, SHARE=1 bash demo.sh takes all
-# steps on a slow machine too. Both tasks may run at once.
+# steps and subjects on a slow machine, too. Both tasks may run at once.
 set -euo pipefail
 
 case ${1:-} in
@@ -34,15 +34,16 @@ stage() {
     times+=$(printf '\n%-12s %6d s' "$name" $((SECONDS - began)))
 }
 
-# What the settings make of the preset and the arguments, in the last line: the task, the experiment, the data folder and
-# how many steps the stages take here: all of them with a GPU or AMX; else as many as fit into some ten minutes, on two
-# cores without fast bfloat16 a sixth of the regression's and half of the others'. SHARE=1 takes all.
+# What the settings make of the preset and the arguments, in the last line: the task, the experiment, the data folder, the
+# number of subjects and the steps of the stages: all of them with a GPU or AMX, else what fits into ten minutes or so.
+# Of a share of the regression's steps the other stages have four times that share, and the phantoms, too.
 settings=$("$python" -c '
 import os
 import sys
 import config
 import utils
-SHARES = {"ctp2dwi": dict(bf16=1 / 2, slow=1 / 6), "mri2pet": dict(slow=1 / 6)}
+SHARES = {"ctp2dwi": dict(bf16=1 / 2, slow=1 / 8), "mri2pet": dict(slow=1 / 8)}  # on two cores
+SUBJECTS = {"ctp2dwi": 200, "mri2pet": 192}  # one volume a subject, where stroke has some 25 slices
 try:
     cfg = config.load("demo", argv=sys.argv[1:])
     kind, threads = utils.machine()
@@ -52,26 +53,25 @@ try:
 except config.SettingError as error:
     sys.exit(f"demo.sh: {error}.")
 except ValueError:
-    sys.exit("demo.sh: SHARE must be a number above 0 and at most 1, the share of the steps to take.")
-stages = {f"{name}_steps": share if name == "regression" else min(1, 3 * share)
-          for name in ("aae", "unet", "regression", "post")}
-steps = {name: max(1, round(getattr(cfg, name) * part)) for name, part in stages.items()
-         if cfg.origin[name] != "command line"}
-words = " ".join(f"--{name} {count}" for name, count in steps.items()) if share < 1 else ""
-print(cfg.task, cfg.exp, cfg.data_root, words, sep="\t")
+    sys.exit("demo.sh: SHARE must be a number above 0 and at most 1: the share of the regression steps to take.")
+others = min(1, 4 * share)
+steps = dict(aae_steps=others, unet_steps=others, regression_steps=share, post_steps=others)
+words = [f"--{name} {max(1, round(getattr(cfg, name) * part))}" for name, part in steps.items()
+         if part < 1 and cfg.origin[name] != "command line"]
+print(cfg.task, cfg.exp, cfg.data_root, round(SUBJECTS[cfg.task] * others), " ".join(words), sep="\t")
 ' --preset "$preset" "$@") || exit 1
-IFS=$'\t' read -r task exp data steps <<< "${settings##*$'\n'}"
+IFS=$'\t' read -r task exp data subjects steps <<< "${settings##*$'\n'}"
+subjects=${SUBJECTS:-$subjects}
 if [ -n "$steps" ]; then
-    printf 'demo.sh: fewer steps than the settings say, for this machine to end within ten minutes or so: %s. SHARE=1 bash demo.sh takes all.\n' "$steps"
+    printf 'demo.sh: to end within ten minutes or so on this machine: %s subjects and %s. All of them: SHARE=1 bash demo.sh\n' "$subjects" "$steps"
 fi
 
 logs=result/demo_$exp
 mkdir -p "$logs"
 
 # phantom.py makes what is missing, and refuses a folder that holds anything else.
-subjects=200
-if [ "$task" = mri2pet ]; then subjects=192; fi    # one volume a subject, where stroke has some 25 slices
-stage phantom phantom.py --task "$task" --out "$data" --subjects "${SUBJECTS:-$subjects}" --seed 1
+stage phantom phantom.py --task "$task" --out "$data" --subjects "$subjects" --seed 1
+# shellcheck disable=SC2086    # the steps are words
 set -- --preset "$preset" $steps "$@"
 stage train_aae train_aae.py "$@"
 stage train_unet train_unet.py "$@"
