@@ -51,7 +51,7 @@ try:
     if not 0 < share <= 1:
         raise ValueError
 except config.SettingError as error:
-    sys.exit(f"demo.sh: {error}.")
+    sys.exit(f"demo.sh: {error}")
 except ValueError:
     sys.exit("demo.sh: SHARE must be a number above 0 and at most 1: the share of the regression steps to take.")
 others = min(1, 4 * share)

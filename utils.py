@@ -90,7 +90,7 @@ def cpu_flags():
         lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
         return set()
-    return set(next((x for x in lines if x.startswith('flags')), '').split())
+    return set(next((x for x in lines if x.startswith('flags')), ':').split(':')[1].split())
 
 
 def fast_bf16():

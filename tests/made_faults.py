@@ -357,6 +357,8 @@ REST = [
     Fault('phantoms that are not there', 'phantom.py --describe nowhere'),
     Fault('a demo that does not exist', 'demo.sh mri2pett', code=2),
     Fault('a demo of a preset that needs data', 'demo.sh lapt', code=2),
+    Fault('a share of the steps above 1', 'demo.sh mri2pet_demo', env=dict(SHARE='2')),
+    Fault('a setting of the demo that does not exist', 'demo.sh ctp2dwi_demo --aae_stepps 3'),
 ]
 
 TABLE = {'Settings': SETTINGS, 'Data': DATA, 'Training': STAGES, 'Inference': INFER,

@@ -61,7 +61,8 @@ def run(fault, work, base):
         script, *words = fault.words()
         limit = LIMIT.format(bytes=1024 * fault.limit)
         if script.endswith('.sh'):
-            done = subprocess.run(['bash', str(made_runs.REPO / script), *words], capture_output=True, text=True)
+            done = subprocess.run(['bash', str(made_runs.REPO / script), *words], capture_output=True, text=True,
+                                  env=os.environ | (fault.env or {}))
         else:
             before_it = (limit if fault.limit else '') + fault.before
             done = made_runs.forked(script[:-3], *words, env=fault.env, before=before_it)

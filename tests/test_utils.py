@@ -240,6 +240,36 @@ def test_autocast_is_on_in_bf16_only():
             assert net(x).dtype == dtype
 
 
+@pytest.mark.parametrize('flags, two, three', [({'avx2', 'fma'}, False, True), ({'avx2', 'avx512f'}, True, True),
+                                               (set(), False, True)])
+def test_which_networks_are_channels_last_on_a_cpu(monkeypatch, flags, two, three):
+    """Volumes always; slices where AVX-512 makes that fast; neither on small grids."""
+    monkeypatch.setattr(utils, 'cpu_flags', lambda: flags)
+    run = utils.Run('cpu', 'fp32')
+    for layer, dims, expected in ((nn.Conv2d, 2, two), (nn.Conv3d, 3, three)):
+        last = dict(memory_format=torch.channels_last if dims == 2 else torch.channels_last_3d)
+        for grid, here in (((), expected), ((64, 64, 64)[:dims], expected), ((16, 18, 4)[:dims], False)):
+            weight = run.place(layer(8, 8, 3), grid).weight
+            assert weight.is_contiguous(**last) is here and weight.is_contiguous() is not here
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='a GPU is always fast')
+@pytest.mark.parametrize('flags, kind', [({'avx2'}, 'slow'), ({'avx512f', 'avx512_bf16'}, 'bf16'),
+                                         ({'avx512_bf16', 'amx_bf16'}, 'fast')])
+def test_machines_are_told_apart(monkeypatch, flags, kind):
+    monkeypatch.setattr(utils, 'cpu_flags', lambda: flags)
+    assert utils.machine() == (kind, torch.get_num_threads())
+    assert utils.Run('cpu').precision == ('fp32' if kind == 'slow' else 'bf16')
+
+
+def test_the_flags_of_this_cpu_are_read(monkeypatch):
+    text = 'processor : 0\nflags\t\t: fpu sse2 avx512_bf16\nbugs : none\nprocessor : 1\nflags : fpu\n'
+    monkeypatch.setattr(Path, 'read_text', lambda path: text)
+    assert utils.cpu_flags() == {'fpu', 'sse2', 'avx512_bf16'} and utils.fast_bf16()
+    monkeypatch.setattr(Path, 'read_text', lambda path: 'processor : 0\nFeatures : fp asimd\n')
+    assert utils.cpu_flags() == set() and not utils.fast_bf16()
+
+
 def test_update_clips_steps_and_returns_the_norm():
     run, net = utils.Run('cpu', 'fp32'), nn.Linear(1, 1, bias=False)
     opt = torch.optim.SGD(net.parameters(), lr=1.0)
