@@ -42,7 +42,7 @@ import os
 import sys
 import config
 import utils
-SHARES = {"ctp2dwi": dict(bf16=1 / 2, slow=1 / 8), "mri2pet": dict(slow=1 / 8)}  # on two cores
+SHARES = {"ctp2dwi": dict(bf16=1 / 2, slow=1 / 10), "mri2pet": dict(slow=1 / 10)}  # on two cores
 SUBJECTS = {"ctp2dwi": 200, "mri2pet": 192}  # one volume a subject, where stroke has some 25 slices
 try:
     cfg = config.load("demo", argv=sys.argv[1:])

@@ -16,14 +16,22 @@ def conv(dims, c_in, c_out, kernel=3, stride=1):
 
 
 class _Conv3d(nn.Conv3d):
-    """nn.Conv3d, in float32 on a CPU where an axis is shorter than the kernel.
+    """nn.Conv3d, on a CPU with two detours.
 
-    There oneDNN (PyTorch 2.13, a CPU with avx512_bf16 and without AMX) leaves parts of the bf16 gradient of the weights
-    unwritten: they come out as whatever the memory held.
+    In bf16, where an axis is shorter than the kernel, it computes in float32: there oneDNN (PyTorch 2.13, a CPU with
+    avx512_bf16 and without AMX) leaves parts of the gradient of the weights unwritten: they come out as whatever the
+    memory held. In float32 PyTorch does not take oneDNN for a single small volume, and needs four times as long or
+    more; so in inference oneDNN is called by its name.
     """
 
     def forward(self, x):
-        if x.device.type != 'cpu' or min(x.shape[2:]) >= self.kernel_size[0]:
+        if x.device.type != 'cpu':
+            return super().forward(x)
+        exact = not torch.is_autocast_enabled('cpu') and x.dtype == torch.float32
+        if exact and len(x) == 1 and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available():
+            return torch.mkldnn_convolution(x, self.weight, self.bias, self.padding, self.stride, self.dilation,
+                                            self.groups)
+        if min(x.shape[2:]) >= self.kernel_size[0]:
             return super().forward(x)
         with torch.autocast('cpu', enabled=False):
             return super().forward(x.to(self.weight.dtype))

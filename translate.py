@@ -6,6 +6,7 @@ Part of infer.py: validation during training and batch inference both go through
 
 import math
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import numpy as np
@@ -244,8 +245,11 @@ def decide(healthy, change, logit, how):
     more = math.log(how.lesion_odds)
     if how.lesion_core > 0:
         volume = logit[None].movedim(2, 1) if logit.ndim == 4 else logit  # slices (N, 1, X, Y) -> (1, 1, N, X, Y)
-        best = F.max_pool3d(volume, [2 * r + 1 for r in how.reach], stride=1, padding=how.reach)
-        more = more * (best.view_as(logit).sigmoid() > how.lesion_core)
+        for axis, r in enumerate(how.reach, start=2):  # the largest within reach, one axis after the other
+            lines = F.pad(volume, [0, 0] * (4 - axis) + [r, r], value=-math.inf)
+            moved = [lines.narrow(axis, k, volume.shape[axis]) for k in range(2 * r + 1)]
+            volume = reduce(torch.maximum, moved)
+        more = more * (volume.view_as(logit).sigmoid() > how.lesion_core)
     return torch.cat([healthy + (logit + more).sigmoid() * change, logit.sigmoid()], dim=1)
 
 

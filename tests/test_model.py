@@ -187,6 +187,18 @@ def test_gradient_of_a_thin_volume_in_bf16(size, kernel, stride):
         layer.weight.grad = None
 
 
+@pytest.mark.parametrize('kernel, stride', [(3, 1), (3, 2), (1, 1), (5, 2)])
+@pytest.mark.parametrize('size', [(9, 7, 5), (2, 2, 2), (20, 24, 20)])
+def test_a_single_volume_without_gradient(size, kernel, stride):
+    """Not computed by PyTorch's own choice of kernel on a CPU in float32: it must be the same image."""
+    layer, x = layers.conv(3, 6, 10, kernel, stride), torch.randn(1, 6, *size)
+    with torch.no_grad():
+        found = layer(x)
+    expected = layer(x)
+    assert expected.requires_grad and not found.requires_grad
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
 def test_whitening_of_one_channel_is_its_convolution():
     whiten, x = awake(layers.SourceWhitening(3, 1)), torch.randn(2, 1, 4, 5, 6)
     torch.testing.assert_close(whiten(x), whiten.conv(x))
