@@ -99,7 +99,7 @@ def fast_bf16():
 
 
 def machine():
-    """How fast a step is here, and the threads: 'fast' (a GPU, AMX), 'bf16' (other CPUs that are fast in it), 'slow'."""
+    """How fast a step is here, 'fast' (a GPU, AMX), 'bf16' (another CPU that is fast in it) or 'slow'; the threads."""
     fast = torch.cuda.is_available() or 'amx_bf16' in cpu_flags()
     return 'fast' if fast else 'bf16' if fast_bf16() else 'slow', torch.get_num_threads()
 
