@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
+from threadpoolctl import threadpool_limits
 
 CENTRE = np.array([0, -18, 8], np.float32)  # the middle of the template's brain, MNI mm
 SHARPEN = 2.2                               # exponent that undoes some of the blur of a map averaged over 152 people
@@ -71,7 +72,8 @@ def template():
 
     # Intensity within tissue: what is left of T1 after its regression on the fractions, without the slow part.
     parts = np.stack([gm[hull > 0], wm[hull > 0], csf[hull > 0]])
-    weight = np.linalg.solve(parts @ parts.T, parts @ t1[hull > 0])
+    with threadpool_limits(1):  # the same sums whoever asks
+        weight = np.linalg.solve(parts @ parts.T, parts @ t1[hull > 0])
     left = np.where(hull > 0, t1 - weight[0] * gm - weight[1] * wm - weight[2] * csf, 0)
     texture = ndimage.gaussian_filter(np.where(hull > 0, left, 0), 1)  # as fine as the voxels it goes into
     texture = np.clip(texture / texture[hull > 0].std(), -2.5, 2.5)

@@ -21,6 +21,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import amyloid
@@ -168,8 +169,7 @@ def write_text(path, text):
 
 
 def start_worker():
-    """One thread a process: the processes are the parallelism."""
-    from threadpoolctl import threadpool_limits
+    """One thread a process: the processes are the parallelism, and on some CPUs a product rounds by its threads."""
     threadpool_limits(1)
     anatomy.template()
 
@@ -243,7 +243,10 @@ def run(work, items, workers=None):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     workers = min(workers or cores, len(items))
     if workers <= 1:
-        yield from map(work, items)
+        for item in items:
+            with threadpool_limits(1):
+                result = work(item)
+            yield result
         return
     anatomy.template()  # before the fork, so that the processes share it
     method = 'fork' if 'fork' in multiprocessing.get_all_start_methods() and sys.platform != 'darwin' else 'spawn'
