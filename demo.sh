@@ -6,11 +6,12 @@
 #   bash demo.sh ctp2dwi_demo --exp exp_9 --seed 1      settings after the preset go to every stage
 #
 # Run it again to go on where it stopped. SUBJECTS=12 bash demo.sh makes fewer phantoms, SHARE=1 bash demo.sh takes all
-# steps and subjects on a slow machine, too. Both tasks may run at once.
+# steps and subjects on a slow machine, too (after a short demo with an --exp, --data_root and --data_info of its own).
+# Both tasks may run at once.
 set -euo pipefail
 
 case ${1:-} in
-    -h | --help) sed -n '2,9s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit ;;
     '' | -*) preset=ctp2dwi_demo ;;
     ctp2dwi_demo | mri2pet_demo) preset=$1; shift ;;
     *) echo "demo.sh: the demos are ctp2dwi_demo and mri2pet_demo, not '$1'; other presets need your own data: see config.py." >&2; exit 2 ;;
@@ -63,7 +64,8 @@ print(cfg.task, cfg.exp, cfg.data_root, round(SUBJECTS[cfg.task] * others), " ".
 IFS=$'\t' read -r task exp data subjects steps <<< "${settings##*$'\n'}"
 subjects=${SUBJECTS:-$subjects}
 if [ -n "$steps" ]; then
-    printf 'demo.sh: to end within ten minutes or so on this machine: %s subjects and %s. All of them: SHARE=1 bash demo.sh\n' "$subjects" "$steps"
+    printf 'demo.sh: to end within ten minutes or so on this machine: %s subjects and %s. ' "$subjects" "$steps"
+    printf 'All of them: SHARE=1 bash demo.sh %s --exp all --data_root data/all --data_info data/all/data_info\n' "$preset"
 fi
 
 logs=result/demo_$exp
