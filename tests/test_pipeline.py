@@ -467,7 +467,7 @@ def data_info(trained):
 
 
 def test_labels_of_other_splits_reach_neither_training_nor_prediction(trained, data_info):
-    """The same, bit for bit, whether the labels of validation and test subjects are turned round or not there at all."""
+    """The same, bit for bit, whether the labels of validation and test subjects are turned round or not there."""
     task, settings, folder = trained
     if task == 'ctp2dwi':
         pytest.skip('this task has no labels')
