@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark
 import config
+import layers
 import peers
 import plain
 import timing
@@ -24,6 +25,14 @@ def cost(net, *inputs, **more):
     with FlopCounterMode(display=False) as counter:
         net(*inputs, **more)
     return counter.get_total_flops(), count_parameters(net)
+
+
+@pytest.mark.parametrize('count', [1, 2])
+def test_the_flops_of_volumes_are_counted_without_gradient(count):
+    """A single one in float32 goes to oneDNN by name (layers.py)."""
+    layer, x = layers.conv(3, 6, 10), torch.randn(count, 6, 8, 9, 10)
+    found = timing.repeat(torch.no_grad()(lambda: layer(x)), least=1, budget=0)
+    assert found['tflop'] * 1e12 == pytest.approx(2 * count * 6 * 10 * 27 * 8 * 9 * 10)
 
 
 @pytest.mark.parametrize('preset', ['ctp2dwi_demo', 'mri2pet_demo', 'ctp2dwi', 'mri2pet', 'lapt', 'il_cldm'])
