@@ -330,10 +330,10 @@ def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
 
 
 def peak_rows(size_2d=(192, 224), size_3d=(40, 48, 40), batch=4, **how):
-    """GFLOP/s of 3x3(x3) convolutions 64 -> 64: 2D and 3D, fp32 and bf16, contiguous and channels-last."""
-    rows = []
+    """GFLOP/s of 3x3(x3) convolutions 64 -> 64: 2D and 3D, fp32 and, where it is fast, bf16, both memory formats."""
+    rows, fast = [], utils.Run().precision
     for dims, size in ((2, size_2d), (3, size_3d)):
-        for precision in ('fp32', 'bf16'):
+        for precision in dict.fromkeys(('fp32', fast)):
             for layout in ('contiguous', 'channels_last'):
                 row = repeat(peak_work(dims, precision, layout, size, batch), **how)
                 rows.append(row | dict(name=f'peak/conv{dims}d/{precision}/{layout}', precision=precision,

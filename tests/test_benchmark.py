@@ -116,10 +116,17 @@ def test_the_clock_leaves_out_the_first_steps(monkeypatch):
     assert row['tflop'] == 2 * 4 ** 3 / 1e12  # of one step, not of four
 
 
-def test_peaks_and_cohorts():
+@pytest.mark.parametrize('fast', [True, False])
+def test_peaks_in_the_precisions_that_are_fast_here(fast, monkeypatch):
+    monkeypatch.setattr(utils, 'fast_bf16', lambda: fast)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     rows = benchmark.measure('peak', '', quick=True)
-    assert len({r['name'] for r in rows}) == 8 and all(r['gflops'] > 0 for r in rows)
+    assert len({r['name'] for r in rows}) == (8 if fast else 4) and all(r['gflops'] > 0 for r in rows)
+    assert {r['precision'] for r in rows} == ({'fp32', 'bf16'} if fast else {'fp32'})
     assert rows[0]['tflop'] == pytest.approx(2 * 9 * 64 * 64 * 64 / 1e12)
+
+
+def test_cohorts():
     few, many = benchmark.measure('growth/subjects', '', quick=True)
     sizes = [float(r['note'].split()[-2]) for r in (few, many)]
     assert sizes[1] == pytest.approx(2 * sizes[0], rel=0.05) and sizes[0] > 0.1
