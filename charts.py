@@ -155,6 +155,7 @@ def draw_stroke_scatter(path, facts, dpi=110):
     for set_scale, set_limits in ((ax.set_xscale, ax.set_xlim), (ax.set_yscale, ax.set_ylim)):
         set_scale('symlog', linthresh=0.1, linscale=0.4)
         set_limits(-0.04, top)
+    facts = facts.dropna(subset=['true_ml', 'pred_ml'])  # those with lesion masks
     both = facts['pred_ml'] - facts['true_ml']
     ax.set_title(f'Lesion volume, n = {len(facts)}, median |difference| {both.abs().median():.3g} ml', fontsize=10)
     ax.set(xlabel='true lesion (ml; linear below 0.1, no lesion = 0)', ylabel='found by the lesion rule (ml)')

@@ -5,12 +5,14 @@ Order of force: constants < preset < command line. The constants are the stroke 
 others. Each run prints the values that are not the constant's and where they came from; --help lists them all.
 """
 
-import ast
 import difflib
 import re
 import sys
 import types
 from pathlib import Path
+
+import settings
+from settings import SettingError
 
 # ------------------------------------------------------------------------------------------------------------------
 # Experiment
@@ -190,26 +192,8 @@ PRESETS = {
 }
 # Your own data: PRESETS['mine'] = dict(PRESETS['ctp2dwi'], exp=..., data_root=..., data_info=...); README, Layouts.
 
-CHOICES = dict(
-    task=('ctp2dwi', 'mri2pet'), precision=('auto', 'fp32', 'bf16', 'fp16'),
-    spatial_dims=(2, 3), optimizer=('muon', 'adam'), predict=('v', 'z_0', 'eps'),
-    schedule=('scaled_linear', 'linear', 'cosine'), loss_weight=('none', 'min_snr'), lambda_t=('constant', 'linear'),
-    post_loss=('l1', 'l2_l1', 'lapt'), sampler=('one_step', 'ddim', 'ddpm'), split=('train', 'validation', 'test'))
-MAY_BE_NONE = dict(init_from=str, mask=str, lesion=str, frames=int, frame_spacing=float, frame_interval=float,
-                   crop=tuple, input=str, input_mask=str, out=str)
-ITEMS = dict(targets=(str,), scaling=(tuple, list), unit_scale=(int, float))
-AT_MOST_1 = ('ema', 'last_step_share', 'post_last_step_share', 'label_drop', 'dropout', 'lesion_core')
-POSITIVE = ('batch_size', 'accumulate', 'lr', 'aae_lr', 'regression_lr', 'post_lr', 'eval_every', 'save_every',
-            'warmup', 'num_steps', 'samples', 'timesteps', 'latent_channels', 'cond_channels', 'cond_width',
-            'eval_batch', 'grad_clip', 'aae_blocks', 'unet_blocks', 'frame_spacing', 'frame_interval', 'lesion_odds')
-
 _NO_SETTING = (types.ModuleType, type, types.FunctionType)
 DEFAULTS = {k: v for k, v in list(globals().items()) if k[0].islower() and not isinstance(v, _NO_SETTING)}
-
-
-class SettingError(ValueError):
-    """A setting that does not exist or has a wrong value; the message is one sentence for the user."""
-    one_sentence = True
 
 
 class Settings(types.SimpleNamespace):
@@ -230,51 +214,6 @@ def comments():
     return {name: text for name, text in found if name in DEFAULTS}
 
 
-def _unknown(name, known):
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    hint = f"; did you mean '{near[0]}'?" if near else '; --help lists them all'
-    return SettingError(f"there is no setting '{name}'{hint}")
-
-
-def check(name, value):
-    """The value in the setting's type (an int becomes a float, a list a tuple); SettingError if it cannot be."""
-    default = DEFAULTS[name]
-    kind = MAY_BE_NONE.get(name) or (str if name == 'label' else type(default))
-    if value is None and name in MAY_BE_NONE:
-        return None
-    if (kind, type(value)) in ((float, int), (tuple, list), (str, int)):
-        value = kind(value)
-    if type(value) is not kind:
-        raise SettingError(f"setting '{name}' must be {kind.__name__}, as in {name} = {default!r}, not {value!r}")
-    if name in CHOICES and value not in CHOICES[name]:
-        near = difflib.get_close_matches(str(value), [str(c) for c in CHOICES[name]], n=1)
-        raise SettingError(f"setting '{name}' is {value!r}, must be one of {', '.join(map(str, CHOICES[name]))}" +
-                           (f"; did you mean '{near[0]}'?" if near else ''))
-    if name in POSITIVE and not value > 0:
-        raise SettingError(f"setting '{name}' is {value!r}, must be above 0")
-    if kind in (int, float) and not 0 <= value <= (1 if name in AT_MOST_1 else float('inf')):
-        raise SettingError(f"setting '{name}' is {value!r}, must {'be at most 1' if value > 0 else 'not be negative'}")
-    if kind is dict and not all(type(v) in ITEMS[name] for v in value.values()):
-        raise SettingError(f"setting '{name}' must hold {' or '.join(k.__name__ for k in ITEMS[name])}s: {default}")
-    return value
-
-
-def parse(name, text):
-    """A command-line string as the setting's type."""
-    kind = str if name == 'label' else MAY_BE_NONE.get(name, type(DEFAULTS[name]))
-    if text == 'None' and name in MAY_BE_NONE:
-        return None
-    if kind is str:
-        return check(name, text)
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if kind is tuple and type(value) is int:
-        value = (value,)
-    return check(name, value)
-
-
 def load(description='', argv=None, extra=None):
     """Settings from the constants, the preset and the command line (argv, default sys.argv[1:]).
 
@@ -285,87 +224,22 @@ def load(description='', argv=None, extra=None):
     if '--help' in argv or '-h' in argv:
         print(usage(description, extra))
         raise SystemExit(0)
-    given, flags = {}, {name: default for name, (default, _) in extra.items()}
-    while argv:
-        word = argv.pop(0)
-        if not word.startswith('--'):
-            raise SettingError(f"'{word}' is not understood: settings are given as --name value")
-        name, _, text = word[2:].partition('=')
-        name = name.replace('-', '_')
-        if name not in DEFAULTS and name not in extra:
-            raise _unknown(name, [*DEFAULTS, *extra])
-        if name in extra and extra[name][0] is False and '=' not in word:
-            flags[name] = True
-            continue
-        if '=' not in word:
-            if not argv:
-                raise SettingError(f"setting '{name}' has no value: --{name} VALUE")
-            text = argv.pop(0)
-        if name in extra:
-            flags[name] = text
-        else:
-            given[name] = parse(name, text)
-    cfg = Settings(**DEFAULTS, **flags, origin={name: 'config.py' for name in DEFAULTS})
-    chosen = given.get('preset', preset)
+    given, flags = settings.read_words(argv, DEFAULTS, extra)
+    cfg = Settings(**DEFAULTS, **flags, origin={})
+    chosen = settings.check('preset', given.get('preset', preset), preset)
     if chosen not in PRESETS:
         near = difflib.get_close_matches(chosen, PRESETS, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else f': {", ".join(PRESETS)}'
         raise SettingError(f"there is no preset '{chosen}'{hint}")
-    for values, origin in ((PRESETS[chosen], f'preset {chosen}'), (given, 'command line')):
+    for values, origin in ((DEFAULTS, 'config.py'), (PRESETS[chosen], f'preset {chosen}'), (given, 'command line')):
         for name, value in values.items():
             if name not in DEFAULTS:
-                raise _unknown(name, DEFAULTS)
-            setattr(cfg, name, check(name, value))
+                raise settings.unknown(name, DEFAULTS)
+            setattr(cfg, name, settings.check(name, value, DEFAULTS[name]))
             cfg.origin[name] = origin
     cfg.preset = chosen
-    validate(cfg)
+    settings.validate(cfg, DEFAULTS)
     return cfg
-
-
-def validate(cfg):
-    """What one setting demands of another; SettingError otherwise."""
-    dims = cfg.spatial_dims
-    for name in ('spacing', 'image_size') + (('crop',) if cfg.crop else ()):
-        n = 3 if name == 'spacing' else dims
-        if len(getattr(cfg, name)) != n:
-            raise SettingError(f'{name} = {getattr(cfg, name)} needs {n} values with spatial_dims = {dims}')
-    if any(mm is not None and not (type(mm) in (int, float) and mm > 0) for mm in cfg.spacing):
-        raise SettingError(f'spacing = {cfg.spacing} must be numbers of mm above 0, or None to keep an axis')
-    for name in (name for name in DEFAULTS if isinstance(DEFAULTS[name], tuple) and name.endswith('_channels')):
-        widths, least = getattr(cfg, name), 3 if name == 'aae_channels' else 1
-        wrong, more = any(type(w) is not int or w < 1 for w in widths), '' if name == 'aae_channels' else ' or more'
-        if wrong or len(widths) < least or (not more and len(widths) > least):
-            raise SettingError(f'{name} = {widths} must be {least}{more} numbers above 0, as in {DEFAULTS[name]}')
-    for name in ('image_size', 'crop'):
-        if any(type(n) is not int or n < 8 or n % 4 for n in getattr(cfg, name) or ()):
-            raise SettingError(f'{name} = {getattr(cfg, name)} must be whole multiples of 4, at least 8: '
-                               'the autoencoder divides by 4')
-    for table in ('scaling', 'unit_scale'):
-        missing = {'source', *cfg.targets} - set(getattr(cfg, table))
-        if missing:
-            raise SettingError(f"{table} has no entry for {', '.join(sorted(missing))}, "
-                               f"only for {', '.join(getattr(cfg, table))}")
-    for name, rule in cfg.scaling.items():
-        if (len(rule) != 3 or rule[0] not in ('range', 'median', 'quantile')
-                or not all(type(x) in (int, float) for x in rule[1:]) or not rule[1] < rule[2]):
-            raise SettingError(f"scaling of '{name}' is {rule!r}, must be ('range', lo, hi), ('median', lo, hi) "
-                               "or ('quantile', a, b)")
-    if not cfg.targets:
-        raise SettingError('targets is empty: name at least one target image')
-    if cfg.predict == 'eps' and cfg.sampler == 'one_step':
-        raise SettingError("sampler 'one_step' is refused with predict 'eps' (at T-1 its error is multiplied by 84): "
-                           'use --sampler ddim')
-    if cfg.sampler != 'one_step' and cfg.num_steps > cfg.timesteps:
-        raise SettingError(f'num_steps {cfg.num_steps} must be at most timesteps {cfg.timesteps}')
-    if cfg.context and dims == 3:
-        raise SettingError(f'context = {cfg.context} is for slices: with spatial_dims = 3 set context = 0')
-    if cfg.batch_size % cfg.accumulate:
-        raise SettingError(f'batch_size {cfg.batch_size} must be a multiple of accumulate {cfg.accumulate}')
-    if cfg.label not in ('unknown', 'true') and not (cfg.label.isdigit() and int(cfg.label) < cfg.num_classes):
-        raise SettingError(f"label '{cfg.label}' must be unknown, true or a class number below "
-                           f'num_classes = {cfg.num_classes}')
-    if not re.fullmatch(r'[\w.-]+', cfg.exp) or not cfg.exp.strip('.'):
-        raise SettingError(f"exp '{cfg.exp}' must be a plain folder name")
 
 
 def usage(description, extra=None):

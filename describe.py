@@ -35,7 +35,7 @@ def dice(a, b):
 
 def lesion_rule(dwi, adc, mask, voxel_ml):
     """ADC < 620 and DWI > 1.25 times its in-mask median, in components of 0.1 ml or more."""
-    parts, _ = ndimage.label((adc < 620) & (dwi > 1.25 * np.median(dwi[mask])) & mask)
+    parts, _ = ndimage.label((adc < 620) & (dwi > 1.25 * np.median(dwi[mask])) & mask, np.ones((3, 3, 3)))
     large = np.bincount(parts.ravel()) * voxel_ml >= 0.1 - 1e-6
     large[0] = False
     return large[parts]

@@ -6,6 +6,7 @@ Part of infer.py; the training stages validate with the very same functions.
 """
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -42,7 +43,8 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
                     row |= metrics.quick_row(image, truth, mask, lesion, ranges, spec.task, axis=subject.axial_axis)
                 else:
                     row |= metrics.subject_row(image, truth, mask, lesion, subject.spacing, ranges, spec.task,
-                                               axis=subject.axial_axis, physical=volume.in_units(spec.scaling))
+                                               axis=subject.axial_axis, physical=volume.in_units(spec.scaling),
+                                               scales=ms_ssim_scales(spec))
                     row |= lesion_head_row(lesion_map(subject, pred), mask, lesion, subject.spacing)
                 if intervals:
                     spread = std_maps(subject, std, spec)
@@ -61,11 +63,19 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
     return rows, run.gather(errors)
 
 
+def ms_ssim_scales(spec):
+    """The number of scales of MS-SSIM, one for all subjects: as many as the network's image size allows."""
+    return metrics.ms_ssim_scales(spec.image_size)
+
+
 def validate(run, predict, spec, ids):
     """Means of the quick figures over the validation subjects, for a training stage; an unreadable one is an error."""
     rows, errors = evaluate(run, predict, spec, ids, label='validate')
     if errors:
         raise utils.RunError(errors[0])
+    if without := [row['ID'] for row in rows if set(row) == {'ID', 'seconds'}]:
+        raise utils.RunError(f'{without[0]}: validation needs the targets of every subject, and it has not all of them '
+                             f'({len(without)} of {len(rows)} subjects); add the files or take it off validation.txt')
     table = pd.DataFrame(rows).drop(columns=['ID', 'seconds'])
     return {name: float(table[name].mean()) for name in table}  # undefined values (no lesion) are left out of the mean
 
@@ -127,10 +137,23 @@ def calibration_table(counts):
 # ------------------------------------------------------------------------------------------------------------------
 # Trust: intervals and the check of the source
 
+def fitting_ids(cfg, spec, *splits):
+    """The subjects with truth of the lists that are there: a cohort for testing alone has no others."""
+    there = [split for split in splits if Path(cfg.data_info, f'{split}.txt').exists()]
+    return [id for split in there for id in dataset.read_split(cfg.data_info, split) if spec.has_truth(id)]
+
+
+def left_out(run, what, errors):
+    """Say which subjects could not be read for something beside the translation, which goes on."""
+    if errors and run.main:
+        print(f'left out of {what}:', *errors, sep='\n  ')
+
+
 def fit_intervals(cfg, run, spec, predict, voxels=20000):
     """Intervals pred +- k_q sqrt(std^2 + s_0^2), q = 50, 90 %, by target, from the validation split: {target: fit}."""
-    ids = [id for id in dataset.read_split(cfg.data_info, 'validation') if spec.has_truth(id)]
-    parts = []
+    ids, parts = fitting_ids(cfg, spec, 'validation'), []
+    if not ids and run.main:
+        print('no intervals: they are fitted on validation subjects with truth, and there are none')
 
     def keep(subject, pred, std):
         inside = np.flatnonzero(subject.known_mask())
@@ -139,8 +162,7 @@ def fit_intervals(cfg, run, spec, predict, voxels=20000):
         parts.append({name: [x[name].ravel()[inside] for x in (image, spread, truth)] for name in spec.targets})
 
     errors = evaluate(run, predict, spec, ids, label='fit intervals', on_subject=keep)[1]
-    if errors:
-        raise utils.RunError(errors[0])
+    left_out(run, 'the fit of the intervals', errors)
     parts = run.gather(parts)
     fits = {}
     for name in spec.targets if parts else ():
@@ -179,9 +201,9 @@ def fit_quality(spec, cohort, validation_ids, at_most=100):
 # Amyloid status
 
 def mri_volumes(subject):
-    """[ventricle_ml, grey_matter_ml] of a subject's MRI, in the mask."""
-    mri = subject.to_native_raw(subject.source) + 1
-    return status.volume_features(mri, subject.native_mask, subject.voxel_ml).tolist()
+    """[ventricle, grey matter] of a subject's MRI as shares of the brain's volume: heads differ in size."""
+    mri, mask = subject.to_native_raw(subject.source) + 1, subject.native_mask
+    return (status.volume_features(mri, mask, subject.voxel_ml) / (mask.sum() * subject.voxel_ml)).tolist()
 
 
 def amyloid_status(cfg, run, spec, predict, table, volumes):
@@ -193,19 +215,24 @@ def amyloid_status(cfg, run, spec, predict, table, volumes):
     may miss a subject near 1.11. Fills table['status_pred'].
     """
     fit_volumes = {}
+    unknown = ('it needs the true PET and the cortical composite (the setting lesion) of all training, validation and '
+               'test subjects, SUVR scaled by range')
+    if table['suvr_true'].isna().any():  # known before anybody is translated
+        if run.main:
+            print(f'amyloid status is not judged: {unknown}')
+        return None
 
     def measure(subject, pred, std):
         fit_volumes[subject.id] = mri_volumes(subject)
 
-    ids = [id for split in ('train', 'validation') for id in dataset.read_split(cfg.data_info, split)]
-    ids = [id for id in ids if spec.has_truth(id)]
-    fit = evaluate(run, predict, spec, ids, quick=False, label='fit threshold', on_subject=measure)[0]
+    ids = fitting_ids(cfg, spec, 'train', 'validation')
+    fit, errors = evaluate(run, predict, spec, ids, quick=False, label='fit threshold', on_subject=measure)
+    left_out(run, 'the threshold of amyloid status', errors)
     volumes, fit = volumes | dict(run.gather(fit_volumes.items())), pd.DataFrame(fit)
     table['status_pred'] = np.nan
     try:
-        if not len(fit) or pd.concat([fit, table])['suvr_true'].isna().any():
-            raise status.StatusError('it needs the true PET and the cortical composite (the setting lesion) of all '
-                                     'training, validation and test subjects.')
+        if not len(fit) or fit['suvr_true'].isna().any():
+            raise status.StatusError(f'{unknown}.')
         positive = [(t['suvr_true'] > status.TRUE_THRESHOLD).astype(int) for t in (fit, table)]
         features = [[volumes[id] for id in t['ID']] for t in (fit, table)]
         lines = dict(

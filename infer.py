@@ -5,6 +5,7 @@ metrics.
 python infer.py                              the test split of the experiment in config.py
 python infer.py --sampler ddim --num_steps 50 --samples 4
 python infer.py --input FILE --out DIR       one new subject, without truth (--input_mask FILE for its brain mask)
+python infer.py --compare plain,other        no inference: the figures of these experiments' test.csv beside this one's
 torchrun --nproc_per_node=4 infer.py         subjects divided among processes
 
 Networks, task, schedule and scaling come from the checkpoints in result/<exp>, paths and sampler from the settings.
@@ -26,6 +27,7 @@ import dataset
 import grid
 import metrics
 import utils
+import volume
 from evaluate import (
     amyloid_status,
     calibration_counts,
@@ -34,8 +36,10 @@ from evaluate import (
     evaluate,
     fit_intervals,
     fit_quality,
+    left_out,
     lesion_map,
     mri_volumes,
+    ms_ssim_scales,
     std_maps,
     validate,
 )
@@ -43,6 +47,7 @@ from model import fingerprint
 from translate import (
     Model,
     Sampling,
+    check_sampling,
     checkpoint_path,
     differing,
     label_probability,
@@ -53,8 +58,8 @@ from translate import (
 )
 
 # What the training scripts take from here: validation is inference by construction.
-__all__ = ['Model', 'Sampling', 'checkpoint_path', 'differing', 'load_aae', 'load_model', 'translate', 'evaluate',
-           'validate', 'fit_quality']
+__all__ = ['Model', 'Sampling', 'check_sampling', 'checkpoint_path', 'differing', 'load_aae', 'load_model', 'translate',
+           'evaluate', 'validate', 'fit_quality']
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -76,9 +81,7 @@ def write_prediction(folder, subject, pred, std, spec, record):
 
 def prediction_record(cfg, model, spec):
     """What a prediction.json says: checkpoint, sampler, seed, label mode, units, how files became arrays."""
-    known = {'dwi': 'multiples of the in-mask median', 'adc': '1e-6 mm^2/s', 'suvr': 'SUVR'}
-    units = {name: known.get(name, 'as scaled') for name in spec.targets}
-    units |= {name: 'in-mask quantile range, 0..1' for name in spec.targets if spec.scaling[name][0] == 'quantile'}
+    units = {name: volume.unit_of(name, spec.scaling[name]) for name in spec.targets}
     nets = [net for net in (model.unet, model.aae.decoder, model.detail, model.regression) if net is not None]
     return dict(checkpoint=model.origin, aae=fingerprint(model.aae),
                 weights=fingerprint(torch.nn.ModuleList(nets)), exp=cfg.exp, sampler=cfg.sampler,
@@ -97,20 +100,37 @@ def settings_of(path):
     return {name: value for name, value in found.items() if name != 'intervals'}
 
 
-def keep_aside(folder, record):
-    """Nothing is overwritten silently: results of other settings move to old_<n>; replacing the same ones is said."""
+def keep_aside(folder, record, ids):
+    """Nothing is overwritten silently: results of other settings move to old_<n>; replacing the same ones is said.
+
+    Of the same settings, too, the images of subjects that are not on the list (`ids`) any more move there.
+    """
     old = folder / 'inference.json'
     if not (folder / 'pred').exists():
         return None
     same = settings_of(old) == json.loads(json.dumps(record))
     when = datetime.fromtimestamp((folder / 'pred').stat().st_mtime).strftime('%Y-%m-%d %H:%M')
     if same:
-        return f'replacing the predictions of {when}, made with the same checkpoint and settings'
+        said = f'replacing the predictions of {when}, made with the same checkpoint and settings'
+        gone = move_aside(folder, {path.name for path in (folder / 'pred').iterdir()} - set(ids))
+        return said + (f'; those of {len(gone)} subjects that are not on the list now are in {gone[0].parent}' if gone
+                       else '')
     aside = utils.old_folder(folder)
     for path in [folder / 'pred', old, *folder.glob('test*.csv'), *folder.glob('infer_*.csv')]:
         if path.exists():
             shutil.move(path, aside / path.name)
     return f"predictions of {when}, made with other settings, are kept in {aside}"
+
+
+def move_aside(folder, ids):
+    """Move the images of these subjects from pred into a fresh old_<n>/pred; the paths there."""
+    there = [folder / 'pred' / id for id in sorted(ids)]
+    there = [path for path in there if path.exists()]
+    if not there:
+        return []
+    aside = utils.old_folder(folder) / 'pred'
+    aside.mkdir()
+    return [Path(shutil.move(path, aside / path.name)) for path in there]
 
 
 def infer_split(cfg, run, model, spec, folder):
@@ -126,17 +146,18 @@ def infer_split(cfg, run, model, spec, folder):
 
     def predict(subject, model=model):
         label = None if cfg.label == 'unknown' else labels.get(subject.id) if cfg.label == 'true' else int(cfg.label)
-        return translate(run, model, subject.stacked, subject.id, how, label, subject.mask)
+        return translate(run, model, subject.stacked, subject.id, how.at(subject), label, subject.mask)
 
     if run.main:
-        note = keep_aside(folder, record)
+        known = known_intervals(folder / 'inference.json', record)
+        note = keep_aside(folder, record, ids)
         if note:
             print(note)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record, f, indent=1), 'w')
     run.barrier()
     fits = {} if cfg.only_model else fit_intervals(cfg, run, spec, predict)
     if run.main:  # beside the settings they were fitted with, for the subjects to come
-        fitted = record | dict(intervals=fits)
+        fitted = record | dict(intervals=fits or known)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(fitted, f, indent=1), 'w')
     qc, volumes, counts, probable = {}, {}, {}, {}
 
@@ -157,6 +178,8 @@ def infer_split(cfg, run, model, spec, folder):
     rows, errors = evaluate(run, predict, spec, ids, quick=False, label='translate', on_subject=keep,
                             intervals=fits if unseen else None)
     qc, volumes, counts, probable = (dict(run.gather(found.items())) for found in (qc, volumes, counts, probable))
+    if run.main and (old := move_aside(folder, set(ids) - set(qc))):
+        print(f'earlier images of {len(old)} subjects that could not be translated now are in {old[0].parent}')
     flagged = [f'{id}: {text}' for id, text in sorted(qc.items()) if text not in ('ok', '')]
     if flagged and run.main:
         print(f'{len(flagged)} subjects have a source unlike the training set:', *flagged, sep='\n  ')
@@ -168,20 +191,24 @@ def infer_split(cfg, run, model, spec, folder):
     table = pd.DataFrame([row for row in rows if row['ID'] not in without])
     if table.empty:
         return errors
-    table = table.assign(qc=table['ID'].map(qc), num_steps=record['num_steps'], samples=cfg.samples)
+    table = table.assign(qc=table['ID'].map(qc), num_steps=record['num_steps'], samples=cfg.samples,
+                         ms_ssim_scales=ms_ssim_scales(spec))
     if spec.num_classes == 2 and probable:
         table['label_probability'] = [probable[id][1] for id in table['ID']]
 
     tables = {}
     for name, baseline in ({} if cfg.only_model else baselines(cfg, run, model, predict)).items():
-        rows = evaluate(run, baseline, spec, list(table['ID']), quick=False, label=f'baseline {name}')[0]
-        tables[name] = pd.DataFrame(rows)
+        rows, failed = evaluate(run, baseline, spec, list(table['ID']), quick=False, label=f'baseline {name}')
+        left_out(run, f'the baseline {name}', failed)
+        if rows:
+            tables[name] = pd.DataFrame(rows)
     judged = 'suvr_pred' in table and unseen and not cfg.only_model
     groups = amyloid_status(cfg, run, spec, predict, table, volumes) if judged else None
     if run.main:
         # validation_*.csv are training curves.
         name = folder / (cfg.split if cfg.split == 'test' else f'infer_{cfg.split}')
-        last = [c for c in ('label_probability', 'qc', 'num_steps', 'samples', 'seconds') if c in table]
+        last = ('label_probability', 'ms_ssim_scales', 'qc', 'num_steps', 'samples', 'seconds')
+        last = [c for c in last if c in table]
         save_table(table[[c for c in table if c not in last] + last], f'{name}.csv')
         for baseline, t in tables.items():
             save_table(t, f'{name}_{baseline}.csv')
@@ -192,7 +219,8 @@ def infer_split(cfg, run, model, spec, folder):
         Path(f'{name}_lesion_calibration.csv').unlink(missing_ok=True)
         if np.any(list(counts.values())):
             save_table(calibration_table(list(counts.values())), f'{name}_lesion_calibration.csv')
-        print(f'{len(table)} subjects of the {cfg.split} split, {record["checkpoint"]}, {cfg.sampler}'
+        print(f'{len(table)} subjects of the {cfg.split} split, {record["checkpoint"]}, {cfg.sampler}; MS-SSIM over '
+              f'{ms_ssim_scales(spec)} scales'
               + (f'; the label was given (--label {cfg.label})' if cfg.label != 'unknown' else ''))
         print(metrics.format_table(summary))
         Path(f'{name}_status.csv').unlink(missing_ok=True)
@@ -229,6 +257,43 @@ def save_table(table, path):
     utils.write_atomic(path, lambda f: table.to_csv(f, index=False, float_format='%.6g'), 'w')
 
 
+def compare(cfg):
+    """
+    This experiment's table of subjects beside those of the experiments in cfg.compare, written to test_compare.csv.
+
+    Columns as in test_summary.csv, other experiments in place of the baselines. RunError where a table is missing, or
+    holds other subjects, or was made from another split or data_root.
+    """
+    name = cfg.split if cfg.split == 'test' else f'infer_{cfg.split}'
+    others = [word.strip() for word in cfg.compare.split(',')]
+    if '' in others or cfg.exp in others or len(set(others)) < len(others):
+        raise config.SettingError(f"--compare '{cfg.compare}' must name other experiments than {cfg.exp}, each once, "
+                                  'as in plain,weighted')
+    tables = {}
+    for exp in [cfg.exp, *others]:
+        path = Path('result') / exp / f'{name}.csv'
+        if not path.exists():
+            raise utils.RunError(f'{path} is missing; run python infer.py --exp {exp} first')
+        how = settings_of(path.parent / 'inference.json')
+        if (how.get('split'), how.get('data_root')) != (cfg.split, cfg.data_root):
+            raise utils.RunError(f"{path} was not made from the split '{cfg.split}' of {cfg.data_root}; run python "
+                                 f'infer.py --exp {exp} again')
+        try:
+            tables[exp] = pd.read_csv(path, dtype={'ID': str})
+            ids = set(tables[exp]['ID'])
+        except (ValueError, KeyError) as err:
+            raise utils.RunError(f'{path} cannot be read as a table of subjects ({err}); run python infer.py --exp '
+                                 f'{exp} again') from None
+        if apart := sorted(ids ^ set(tables[cfg.exp]['ID'])):
+            raise utils.RunError(f'{apart[0]} ({len(apart)} subjects in all) is in one of the tables of {cfg.exp} and '
+                                 f'{exp} only; translate the same subjects with both')
+    summary = metrics.summarise(tables.pop(cfg.exp), tables, cfg.seed)
+    path = Path('result') / cfg.exp / f'{name}_compare.csv'
+    save_table(summary, path)
+    print(metrics.format_table(summary))
+    print(f'{path} written: this model is {cfg.exp}')
+
+
 def infer_file(cfg, run, model, spec):
     """Translate one new subject that is in no list: source file in, images in physical units on its grid out."""
     if not cfg.out:
@@ -243,7 +308,8 @@ def infer_file(cfg, run, model, spec):
     subject = dataset.load_subject(replace(spec, lesion=None), files=files, with_truth=False)
     print(*(f'Note: {note}' for note in subject.notes), sep='\n', end='\n' * bool(subject.notes))
     label = int(cfg.label) if cfg.label.isdigit() else None
-    pred, std = translate(run, model, subject.stacked, subject.id, Sampling.of(cfg, spec), label, subject.mask)
+    how = Sampling.of(cfg, spec).at(subject)
+    pred, std = translate(run, model, subject.stacked, subject.id, how, label, subject.mask)
     qc = check_source(model, subject)
     record = prediction_record(cfg, model, spec)
     p = label_probability(run, model, subject.stacked)
@@ -269,22 +335,15 @@ def of_these_files(cfg):
     return {name: value for name, value in given.items() if value is not None}
 
 
-def check_sampling(cfg, model, spec):
-    """Settings that do not fit the network, or would do nothing, before anything is moved or written."""
-    if model.diffusion is not None and model.diffusion.predict == 'eps' and cfg.sampler == 'one_step':
-        raise config.SettingError("sampler 'one_step' is refused: this network predicts eps; use --sampler ddim")
-    if model.diffusion is not None and cfg.sampler != 'one_step' and cfg.num_steps > model.diffusion.timesteps:
-        raise config.SettingError(f'num_steps {cfg.num_steps} is more than the {model.diffusion.timesteps} steps of '
-                                  "this network's schedule")
-    if cfg.label != 'unknown' and not spec.num_classes:
-        raise config.SettingError(f'label {cfg.label} was given, but this network was trained without labels')
-
-
 def main():
     which = 'which model: auto (post if there, else unet), post, unet or regression'
-    cfg = config.load(__doc__, extra={'stage': ('auto', which), 'only_model': (False, 'no baselines, no intervals')})
+    cfg = config.load(__doc__, extra={'stage': ('auto', which), 'only_model': (False, 'no baselines, no intervals'),
+                                      'compare': ('', 'other experiments, NAME,NAME: their figures beside this one')})
     if cfg.stage not in ('auto', 'post', 'unet', 'regression'):
         raise config.SettingError(f"--stage '{cfg.stage}': {which}")
+    if cfg.compare:
+        compare(cfg)
+        return
     run = utils.Run(cfg.device, cfg.precision)
     folder = Path('result') / cfg.exp
     model = load_model(cfg, run, cfg.stage)

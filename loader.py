@@ -78,7 +78,30 @@ def loader(cohort, batch_size, seed, start_step, rank=0, world=1, workers=0, shi
     batches = _Batches(cohort, batch_size, seed, start_step, rank, world, shift)
     if workers == 0:
         return map(cohort.__getitems__, batches)
-    return iter(torch.utils.data.DataLoader(cohort, batch_sampler=batches, num_workers=workers, collate_fn=_as_is))
+    return _raised(torch.utils.data.DataLoader(_Reader(cohort), batch_sampler=batches, num_workers=workers,
+                                               collate_fn=_as_is))
+
+
+class _Reader(torch.utils.data.Dataset):
+    """A cohort whose errors for the user are handed on as data: raised in a loading process they become tracebacks."""
+
+    def __init__(self, cohort):
+        self.cohort = cohort
+
+    def __getitems__(self, numbers):
+        try:
+            return self.cohort.__getitems__(numbers)
+        except Exception as err:
+            if not isinstance(err, OSError) and not getattr(err, 'one_sentence', False):
+                raise
+            return err
+
+
+def _raised(batches):
+    for batch in batches:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
 
 
 def _as_is(batch):

@@ -27,7 +27,7 @@ QUICK = ['psnr', 'ssim', 'mae', 'lesion_mae']                 # what quick_row r
 LESION_COLUMNS = ['lesion_mae', 'lesion_contrast_error', 'adc_lesion_bias', 'lesion_dice', 'lesion_dice_2ml',
                   'lesion_dice_ceiling', 'lesion_ml', 'lesion_avd_ml', 'lesion_detected', 'false_lesion_ml',
                   'lesion_rim_mae']
-NOT_SUMMARISED = ('ID', 'qc', 'status_pred', 'label_probability', 'num_steps', 'samples', 'seconds')
+NOT_SUMMARISED = ('ID', 'qc', 'status_pred', 'label_probability', 'num_steps', 'samples', 'ms_ssim_scales', 'seconds')
 SIGNED = ('adc_lesion_bias', 'suvr_error')                    # the summary gives |.| of these a line of its own
 
 
@@ -217,14 +217,14 @@ def _prepare(pred, truth, mask, lesion, ranges):
     return pred, truth, mask, lesion
 
 
-def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physical=True):
+def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physical=True, scales=None):
     """
     The figures of one subject, as a dict column -> float.
 
     pred, truth: dicts target -> (X, Y, Z) in physical units (DWI in multiples of its in-mask median); mask (X, Y, Z);
-    lesion (X, Y, Z), the ischaemic lesion or the cortical composite, or None if not known; spacing: mm of the three
-    axes; ranges: target -> (lo, hi); task 'ctp2dwi' or 'mri2pet'; axis: the array's axial direction; physical: False
-    where images are 0..1 between quantiles: lesion rule and ADC bias are nan.
+    lesion (X, Y, Z), the ischaemic lesion or the cortical composite, or None if not known; spacing: mm of the axes;
+    ranges: target -> (lo, hi); task 'ctp2dwi' or 'mri2pet'; axis: the array's axial direction; scales: of MS-SSIM;
+    physical: False where images have other units (volume.in_units): lesion rule, ADC bias, SUVR figures are nan.
 
     Per target: <t>_mae in physical units, <t>_psnr (dB), <t>_ssim, <t>_ms_ssim (axial slices for ctp2dwi, else 3D).
     ctp2dwi, undefined without a lesion:
@@ -256,11 +256,11 @@ def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physic
         row[f'{t}_mae'] = np.abs(pred[t] - truth[t])[mask].mean() * width
         row[f'{t}_psnr'] = psnr(pred[t], truth[t], mask)
         row[f'{t}_ssim'] = ssim(pred[t], truth[t], mask, axis)
-        row[f'{t}_ms_ssim'] = ms_ssim(pred[t], truth[t], mask, axis)
+        row[f'{t}_ms_ssim'] = ms_ssim(pred[t], truth[t], mask, axis, scales)
     if task == 'ctp2dwi':
         row.update(_lesion_columns(pred, truth, mask, lesion, spacing, ranges, physical))
     else:
-        t, known = next(iter(pred)), lesion is not None and lesion.any()
+        t, known = next(iter(pred)), physical and lesion is not None and lesion.any()
         true, made = (_physical(x[t][lesion].mean(), ranges[t]) if known else np.nan for x in (truth, pred))
         row.update({'suvr_true': true, 'suvr_pred': made, 'suvr_error': made - true})
     return {k: float(v) for k, v in row.items()}

@@ -21,7 +21,6 @@ SIDES = {'axial': 'RL', 'coronal': 'RL', 'sagittal': 'AP'}   # what is on image 
 TRUE_COLOUR, FOUND_COLOUR = '#E69F00', '#56B4E9'       # orange and sky blue: told apart by colour-blind readers
 MARGIN_MM = 6.0                                        # shown around the brain
 INCH = 2.1                                             # width of a panel
-UNITS = {'dwi': 'DWI, multiples of the median', 'adc': r'ADC, $10^{-6}$ mm$^2$/s', 'suvr': 'SUVR'}
 NOTE = 'radiological convention: patient right (R) is on image left'
 
 
@@ -146,9 +145,11 @@ def _span(line, step):
     return slice(max(0, inside[0] - margin), inside[-1] + 1 + margin)
 
 
-def unit_of(name, quantile=False):
-    """What a target's colour bar says."""
-    return f'{name.upper()} scaled, 0 to 1' if quantile else UNITS.get(name, name.upper())
+def unit_of(name, rule):
+    """What the colour bar of a target says, which is scaled by `rule`."""
+    if rule[0] == 'range':
+        return {'adc': r'ADC, $10^{-6}$ mm$^2$/s'}.get(name, name.upper())
+    return f'{name.upper()}, multiples of the median' if rule[0] == 'median' else f'{name.upper()} scaled, 0 to 1'
 
 
 # ----------------------------------------------------------------------------------------------------------------------

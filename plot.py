@@ -41,15 +41,16 @@ STAR = 'A star: differs from this model (paired Wilcoxon test, p < 0.05 after Ho
 NAMES = {'ctp2dwi': ('true lesion', 'lesion rule on the synthetic images'), 'mri2pet': ('cortical composite', '')}
 
 
-def make_spec(cfg, folder):
-    """How files become arrays: the travelling part out of the autoencoder's checkpoint, paths from the settings."""
+def make_spec(cfg, folder, used=None):
+    """How files become arrays: as inference did (`used`, what prediction.json says of it), else as the autoencoder's
+    checkpoint says; paths from the settings."""
     own = folder / f'{utils.BEST["aae"]}.pth.tar'
     path = own if own.exists() or not cfg.init_from else Path('result') / cfg.init_from / own.name
     prep = utils.load_checkpoint(path, 'aae')['prep'] if path.exists() else {}
     if prep.get('task', cfg.task) != cfg.task:
         raise utils.RunError(f'{folder} was trained for the task {prep["task"]}, but the settings are for {cfg.task}; '
                              'add the --preset of its training')
-    return dataset.Spec.from_settings(cfg, **prep)
+    return dataset.Spec.from_settings(cfg, **prep | (used or {}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,7 +199,7 @@ def draw_subjects(spec, run, fig, facts, faults):
     if not cases:
         return []
     windows, names = make_windows(cases, spec), NAMES[spec.task]
-    units = {target: montage.unit_of(target, spec.scaling[target][0] == 'quantile') for target in spec.target_names}
+    units = {target: montage.unit_of(target, spec.scaling[target]) for target in spec.target_names}
     planes = ('axial', 'coronal', 'sagittal') if spec.spatial_dims == 3 else ('axial',)
     path = fig / 'montage.png'
     title = f'{run.name}: source, true and synthetic images of the {run.record.get("split", "test")} subjects'
@@ -345,7 +346,8 @@ def write_report(spec, run, figures, faults):
 def main():
     cfg = config.load(__doc__)
     run = Experiment(cfg.exp)
-    spec, fig, faults = make_spec(cfg, run.folder), run.folder / 'fig', {}
+    spec = make_spec(cfg, run.folder, run.record.get('settings'))
+    fig, faults = run.folder / 'fig', {}
     fig.mkdir(exist_ok=True)
     for kind in FIGURES:  # a figure that is not drawn any more must not pass for a new one
         for old in fig.glob(kind):

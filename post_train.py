@@ -26,7 +26,7 @@ import losses
 import metrics
 import optim
 import utils
-from infer import Model, Sampling, checkpoint_path, differing, load_model, translate, validate
+from infer import Model, Sampling, check_sampling, checkpoint_path, differing, load_model, translate, validate
 from layers import recompute_blocks
 from model import PixelUNet, count_parameters, fingerprint
 from prior import classes_of
@@ -101,6 +101,7 @@ def main():
     train_ids, validation_ids = (dataset.read_split(cfg.data_info, split) for split in ('train', 'validation'))
     model = load_model(cfg, run, 'unet')
     spec = dataset.Spec.from_settings(cfg, **model.prep)
+    check_sampling(cfg, model, spec)
     needs_lesion(spec, cfg.w_lesion, 'post-training with w_lesion above 0', '--w_lesion 0')
     needs_lesion(spec, cfg.lesion_head and cfg.detail_branch, 'a lesion head', '--lesion_head False')
     encoder_of, began_as = fingerprint(model.aae), fingerprint(model.unet)
@@ -158,10 +159,7 @@ def main():
     current, how, diffusion = averaged(model, ema.net), Sampling.of(cfg, spec), model.diffusion
 
     def predict(subject):
-        return translate(run, current, subject.stacked, subject.id, how, mask=subject.mask)
-
-    if diffusion.predict == 'eps' and how.sampler == 'one_step':
-        raise config.SettingError("sampler 'one_step' is refused: this network predicts eps; use --sampler ddim")
+        return translate(run, current, subject.stacked, subject.id, how.at(subject), mask=subject.mask)
 
     for step in range(stage.step, cfg.post_steps + 1):
         last = step == cfg.post_steps

@@ -123,13 +123,14 @@ def read_table(data_info):
 def read_lists(data_info):
     """
     (lists, faults): lists is dict split -> IDs; faults are (ID or file name, sentence) for an ID or a patient in two
-    lists, an ID twice in one, an empty or missing list.
+    lists, an ID twice in one, an ID without patient where others have one, an empty or missing list.
     """
     lists, faults, where, visits = {}, [], {}, {}
     try:
         table = read_table(data_info)
     except DataError as error:
         table, faults = {}, [('data_info.csv', str(error))]
+    named = any(row.get('patient') for row in table.values())
     for split in SPLITS:
         path = os.path.join(data_info, f'{split}.txt')
         ids = _read_ids(path)
@@ -146,6 +147,9 @@ def read_lists(data_info):
                 faults.append((id, f'{path} and {twice} both name it; remove it from one.'))
                 continue
             where[id] = split
+            if named and id not in table:
+                faults.append((id, f"{os.path.join(data_info, 'data_info.csv')} names patients, but has no row for it; "
+                                   f'add one.'))
             patient = table.get(id, {}).get('patient') or id
             other = visits.setdefault(patient, (id, split))
             if other[1] != split:
@@ -224,7 +228,7 @@ def make_splits(ids, data_info, shares, seed=0):
                         f'subjects); correct data_root or the templates in config.py.')
     patients = sorted(visits)
     random.Random(seed).shuffle(patients)
-    validation = max(1, round(parts[1] * len(patients)))
+    validation = max(1, min(round(parts[1] * len(patients)), len(patients) - 2))
     test = max(1, min(round(parts[2] * len(patients)), len(patients) - validation - 1))
     chosen = {'validation': patients[:validation], 'test': patients[validation:validation + test],
               'train': patients[validation + test:]}

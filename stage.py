@@ -179,6 +179,10 @@ class Stage:
                 self.log(f'stage {self.name} is finished ({self.step} of {steps} steps); raise {self.name}_steps '
                          'to go on, or --restart to begin anew')
                 return False
+            if self.step > steps:
+                raise RunError(f'{self.last} is at step {self.step}, beyond the {steps} asked for, and was not '
+                               f'evaluated there; set {self.name}_steps to {self.step} or more, or begin anew with '
+                               '--restart')
             self.log(f'resuming stage {self.name} at step {self.step} of {steps}')
         if self.run.main:
             fields, metric_fields = ['step', 'epoch', 'lr', *terms, 'seconds'], ['step', *metrics]

@@ -19,7 +19,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 import config
 import dataset
@@ -70,11 +70,12 @@ def watch_memory(limit_gb):
         threading.Thread(target=watch, daemon=True).start()
 
 
-def _convolution_flops(x, weight, *_, out_shape=None, **__):
-    return conv_flop_count(x, weight, out_shape)
-
-
-COUNTED = {torch.ops.aten.mkldnn_convolution: _convolution_flops}  # called by name in layers.py; PyTorch counts it as 0
+# What PyTorch counts as 0: shapes -> FLOPs.
+COUNTED = {
+    torch.ops.aten.mkldnn_convolution: lambda x, w, *_, out_shape, **__: conv_flop_count(x, w, out_shape),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
 
 
 class Clock:

@@ -65,7 +65,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
     current, how = Model(model.aae, ema.net, diffusion), Sampling.of(cfg, spec)
 
     def predict(subject):
-        return translate(run, current, subject.stacked, subject.id, how, mask=subject.mask)
+        return translate(run, current, subject.stacked, subject.id, how.at(subject), mask=subject.mask)
 
     for step in range(stage.step, cfg.unet_steps + 1):
         last = step == cfg.unet_steps  # one extra round, so that the final weights are evaluated and saved
@@ -135,7 +135,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
     how = Sampling.of(cfg, spec)
 
     def predict(subject):
-        return translate(run, current, subject.stacked, subject.id, how, mask=subject.mask)
+        return translate(run, current, subject.stacked, subject.id, how.at(subject), mask=subject.mask)
 
     for step in range(stage.step, cfg.regression_steps + 1):
         if stage.must_evaluate(step):

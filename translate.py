@@ -5,7 +5,7 @@ Part of infer.py: validation during training and batch inference both go through
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import config
 import grid
 import utils
 from diffusion import Diffusion, sample
@@ -79,10 +80,25 @@ class Sampling:
 
     @classmethod
     def of(cls, cfg, spec):
-        voxels = [max(1, round(CORE_REACH / s)) if s else 1 for s in spec.spacing]
         return cls(cfg.sampler, cfg.num_steps, cfg.samples, cfg.guidance, cfg.seed, cfg.mirror, cfg.eval_batch,
-                   cfg.lesion_odds, cfg.lesion_core, (1, *voxels[:2]) if spec.spatial_dims == 2 else tuple(voxels),
-                   spec.trim)
+                   cfg.lesion_odds, cfg.lesion_core, trim=spec.trim)
+
+    def at(self, subject):
+        """The same for one subject: CORE_REACH in its voxels, which `spacing` need not say."""
+        size = np.linalg.norm(subject.grid[1][:3, :3], axis=0)
+        voxels = [max(1, round(CORE_REACH / mm)) for mm in size]
+        return replace(self, reach=(1, *voxels[:2]) if subject.spec.spatial_dims == 2 else tuple(voxels))
+
+
+def check_sampling(cfg, model, spec):
+    """Settings that do not fit the network, or would do nothing, before anything is moved or written."""
+    if model.diffusion is not None and model.diffusion.predict == 'eps' and cfg.sampler == 'one_step':
+        raise config.SettingError("sampler 'one_step' is refused: this network predicts eps; use --sampler ddim")
+    if model.diffusion is not None and cfg.sampler != 'one_step' and cfg.num_steps > model.diffusion.timesteps:
+        raise config.SettingError(f'num_steps {cfg.num_steps} is more than the {model.diffusion.timesteps} steps of '
+                                  "this network's schedule")
+    if cfg.label != 'unknown' and not spec.num_classes:
+        raise config.SettingError(f'label {cfg.label} was given, but this network was trained without labels')
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -289,4 +305,17 @@ def mean_prediction(mean_image, subject):
     """The training set's mean image on a subject's grid, slices matched by distance from the brain's middle one."""
     rows = np.flatnonzero(subject.mask.reshape(len(subject.mask), -1).any(1))
     image, offset = mean_image['image'].numpy(), mean_image['centre'] - int(rows[0] + rows[-1]) // 2
-    return image[np.clip(np.arange(len(subject.mask)) + offset, 0, len(image) - 1)]
+    image = image[np.clip(np.arange(len(subject.mask)) + offset, 0, len(image) - 1)]
+    return _around_centre(image, subject.mask.shape[2:])
+
+
+def _around_centre(image, size):
+    """Images (N, K, *S) of another image_size, cut or filled with background around the centre to `size`."""
+    for axis, n in enumerate(size, start=2):
+        have = image.shape[axis]
+        start = max(0, (have - n) // 2)
+        image = np.take(image, range(start, start + min(n, have)), axis)
+        before = (n - image.shape[axis]) // 2
+        room = [(0, 0)] * axis + [(before, n - image.shape[axis] - before)] + [(0, 0)] * (image.ndim - axis - 1)
+        image = np.pad(image, room, constant_values=-1)
+    return image

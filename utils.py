@@ -67,9 +67,13 @@ def _sentence(err):
         return f"{err.filename or 'a file'}: {err.strerror or err}" + REMEDY.get(err.errno, '')
     if getattr(err, 'one_sentence', False):
         return str(err)
-    words = ('Connection closed by peer', 'Connection reset', 'Broken pipe', 'Timed out waiting', 'NCCL', 'Socket')
-    if dist.is_initialized() and isinstance(err, RuntimeError) and any(word in str(err) for word in words):
-        return 'another process of this run has stopped; its sentence says why'
+    words = ('Connection closed by peer', 'Connection reset', 'Broken pipe', 'Timed out waiting', 'ncclRemoteError',
+             'Socket')
+    if dist.is_initialized() and isinstance(err, RuntimeError):
+        if any(word in str(err) for word in words):
+            return 'another process of this run has stopped; its sentence says why'
+        if 'NCCL' in str(err):  # on all of them alike
+            return f'the GPUs cannot work together: {str(err).strip().splitlines()[-1]} (NCCL_DEBUG=INFO says more)'
     return None
 
 
@@ -112,6 +116,8 @@ class Run:
                                         (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
         if device in ('auto', 'cuda') and torch.cuda.is_available():
             device = f'cuda:{local}'
+        elif self.world > 1 and str(device).startswith('cuda:'):
+            raise RunError(f"device '{device}' would be that of all {self.world} processes; leave device = 'auto'")
         device = 'cpu' if device == 'auto' else device
         try:
             self.device = torch.device(device)

@@ -196,9 +196,19 @@ def scaling_range(rule):
     return (0.0, 1.0) if rule[0] == 'quantile' else (float(rule[1]), float(rule[2]))
 
 
+NEEDED = {'dwi': 'median', 'adc': 'range', 'suvr': 'range'}  # scalings of the lesion rule and of SUVR figures
+
+
 def in_units(scaling):
-    """Whether the targets of a `scaling` keep the units that the lesion rule needs: none is 0..1 between quantiles."""
-    return all(rule[0] != 'quantile' for name, rule in scaling.items() if name != 'source')
+    """Whether all targets of a `scaling` come out in the units that the lesion rule and the SUVR figures need."""
+    return all(rule[0] == NEEDED.get(name, rule[0]) != 'quantile' for name, rule in scaling.items() if name != 'source')
+
+
+def unit_of(name, rule):
+    """In words, the unit in which a target scaled by `rule` is written, e.g. '1e-6 mm^2/s'."""
+    if rule[0] == 'range':
+        return {'adc': '1e-6 mm^2/s', 'suvr': 'SUVR'}.get(name, 'as in the files')
+    return 'multiples of the in-mask median' if rule[0] == 'median' else 'in-mask quantile range, 0..1'
 
 
 def scaling_limits(rule, values):

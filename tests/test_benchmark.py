@@ -35,6 +35,15 @@ def test_the_flops_of_volumes_are_counted_without_gradient(count):
     assert found['tflop'] * 1e12 == pytest.approx(2 * count * 6 * 10 * 27 * 8 * 9 * 10)
 
 
+@pytest.mark.parametrize('side', [16, 32])  # 256 and 1024 positions: written out, and PyTorch's own
+def test_the_flops_of_attention_are_counted(side):
+    net, x = layers.Attention(2, 64), torch.randn(1, 64, side, side, requires_grad=True)
+    found = timing.repeat(lambda: net(x).sum().backward(), least=1, budget=0)['tflop'] * 1e12
+    n = side ** 2
+    products = 2 * 2 * n * n * 64 * (3 if n <= 512 else 3.5)  # the flash backward computes the scores once more
+    assert found == pytest.approx(products + 3 * 2 * n * 64 * (3 * 64 + 64), rel=0.01)
+
+
 @pytest.mark.parametrize('preset', ['ctp2dwi_demo', 'mri2pet_demo', 'ctp2dwi', 'mri2pet', 'lapt', 'il_cldm'])
 def test_plain_modules_are_the_same_networks(preset):
     # Ratios against plain modules mean nothing unless these do the same work.

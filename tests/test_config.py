@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import config
+import settings
 from config import DEFAULTS, PRESETS, SettingError
 
 
@@ -111,7 +112,8 @@ def test_every_preset_loads_and_carries_its_own_place(preset):
     cfg = load('--preset', preset)
     assert cfg.preset == preset and set(PRESETS[preset]) <= set(DEFAULTS)
     for name, value in PRESETS[preset].items():
-        assert getattr(cfg, name) == value and type(getattr(cfg, name)) is type(config.check(name, value))
+        assert getattr(cfg, name) == value
+        assert type(getattr(cfg, name)) is type(settings.check(name, value, DEFAULTS[name]))
     if preset != config.preset:
         assert {'exp', 'data_root', 'data_info'} <= set(PRESETS[preset])
         assert cfg.exp not in [load('--preset', other).exp for other in PRESETS if other != preset]
@@ -173,3 +175,36 @@ def test_help_and_misspelling_on_the_command_line(script, repo):
 def test_config_needs_no_torch(repo):
     code = "import sys, config; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     assert subprocess.run([sys.executable, '-c', code], cwd=repo).returncode == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Constants as a user edits them
+
+def edited(monkeypatch, **constants):
+    for name, value in constants.items():
+        monkeypatch.setitem(DEFAULTS, name, value)
+
+
+@pytest.mark.parametrize('name, value, text', [
+    ('precision', 'bf-16', "'precision' is 'bf-16', must be one of"), ('predict', 'vv', "'predict' is 'vv'"),
+    ('batch_size', 0, "'batch_size' is 0, must be above 0"), ('batch_size', '16', "'batch_size' must be int, not '16'"),
+    ('ema', 1.5, "'ema' is 1.5, must be at most 1"), ('flip', 'yes', "'flip' must be bool, not 'yes'"),
+    ('dropout', -0.1, "'dropout' is -0.1, must not be negative"), ('targets', {'dwi': 3}, "'targets' must hold strs")])
+def test_edited_constants_are_checked(monkeypatch, name, value, text):
+    edited(monkeypatch, **{name: value})
+    assert text in refused()
+
+
+def test_an_edited_constant_does_not_change_what_its_setting_may_be(monkeypatch):
+    edited(monkeypatch, w_lesion=0, spacing=[1, 1, None], label=0, num_classes=2)
+    cfg = load('--w_lesion', '0.3')
+    assert cfg.w_lesion == 0.3 and cfg.spacing == (1, 1, None) and cfg.label == '0'
+    assert type(load().w_lesion) is float
+    assert load('--preset', 'lapt', '--label', 'unknown').w_lesion == 0.02
+
+
+def test_every_setting_has_its_kind():
+    for name, value in DEFAULTS.items():
+        kind = settings.KINDS.get(name, str)
+        assert type(value) is kind or value is None and name in settings.MAY_BE_NONE, name
+    assert set(settings.KINDS) | set(settings.MAY_BE_NONE) <= set(DEFAULTS)

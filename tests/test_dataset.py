@@ -323,6 +323,10 @@ LIST_FAULTS = {
         lambda: write_lists('data/data_info', ['s01', 's02', 's01'], ['s03'], ['s04'], LABELS),
         's01: .*train.txt names it 2 times',
     ),
+    'an ID without patient where others have one': (
+        lambda: write_lists('data/data_info', ['s01', 's02'], ['s03'], ['s04'], dict(s01='0,p', s02='1,q', s03='0,r')),
+        's04: data/data_info/data_info.csv names patients, but has no row for it; add one',
+    ),
     'patient in two lists': (
         lambda: write_lists('data/data_info', ['s01', 's02'], ['s03'], ['s04'],
                             dict(s01='0,a', s02='1,p', s03='0,b', s04='1,p')),
@@ -346,7 +350,8 @@ def test_fault_in_lists(name, capsys):
     apply, sentence = LIST_FAULTS[name]
     apply()
     code, faults, _ = check(capsys, amyloid_settings())
-    faults = [line for line in faults if not (name == 'two rows' and 'label' in line)]
+    also = ('two rows', 'an ID without patient where others have one')  # there the label is missing, too
+    faults = [line for line in faults if not (name in also and 'label' in line)]
     assert code == 1 and len(faults) == 1 and re.match(sentence, faults[0])
     with pytest.raises(DataError) as error:
         for split in splits.SPLITS:
@@ -691,6 +696,18 @@ def test_ranks_share_one_stream(cohort):
 def test_batch_larger_than_the_cohort(cohort):
     batch = next(dataset.loader(cohort, 3 * len(cohort), seed=0, start_step=0))
     assert torch.bincount(batch['index']).tolist() == [3] * len(cohort)
+
+
+def test_an_error_of_a_loading_process_is_one_sentence(cohort):
+    for folder, _, files in os.walk(cohort.spec.cache_dir):
+        for file in files:
+            os.truncate(os.path.join(folder, file), 300)
+    with pytest.raises(Exception) as alone:
+        draw(dataset.loader(cohort, 4, seed=2, start_step=0), 1)
+    assert alone.value.one_sentence and '\n' not in str(alone.value)
+    with pytest.raises(type(alone.value)) as caught:
+        draw(dataset.loader(cohort, 4, seed=2, start_step=0, workers=1), 1)
+    assert str(caught.value) == str(alone.value)
 
 
 def test_workers_give_the_same_batches(cohort):

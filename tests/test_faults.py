@@ -24,9 +24,9 @@ HEAD = '''# What happens when something is wrong
 
 Each line was run as it stands here, on four small made subjects and an experiment `exp_1` trained for two steps, after
 the fault named above it (`tests/made_faults.py` has it in code). Below it is the sentence in which the command ended,
-with exit code 1 (2 where the command line itself is not understood); none ended in a traceback, and no checkpoint that
-was there before was lost. `(ulimit -f N; ...)` stands for a full disk: no file may grow beyond N KiB. `$TINY` and
-`$PET` are the settings of tiny networks for the made subjects of both tasks:
+with exit code 1 (2 where the command line itself is not understood, 0 where what was asked for was done); none ended in
+a traceback, and no checkpoint that was there before was lost. `(ulimit -f N; ...)` stands for a full disk:
+no file may grow beyond N KiB. `$TINY` and `$PET` are the settings of tiny networks for the made subjects of both tasks:
 
     TINY  {tiny}
 

@@ -10,7 +10,7 @@ REPO = Path(__file__).resolve().parent.parent
 FILES = sorted(REPO.glob('*.py'))
 NAMES = {file.stem for file in FILES}
 
-LEAVES = {'config', 'dataset', 'model', 'diffusion', 'losses', 'metrics', 'utils',
+LEAVES = {'config', 'settings', 'dataset', 'model', 'diffusion', 'losses', 'metrics', 'utils',
           'layers', 'stage', 'optim',                            # model.py and utils.py, split by name
           'volume', 'grid', 'splits', 'check', 'subject', 'loader',  # dataset.py, split by name; it is their door
           'prior', 'quality', 'status',                              # beside metrics.py: trust, amyloid status
@@ -20,6 +20,7 @@ SCRIPTS = {'phantom', 'translate', 'evaluate', 'train_aae', 'train_unet', 'post_
            'study', 'trials', 'tables', 'monai_ldm',
            'timing', 'turns', 'conclusions', 'plain', 'peers'}           # the parts of benchmark.py
 MORE = {                                                         # what else a file may import of ours
+    'config': {'settings'},
     'model': {'layers', 'prior'},
     'stage': {'utils'},
     'infer': {'translate', 'evaluate'},                          # infer.py, split by name

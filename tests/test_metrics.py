@@ -115,6 +115,20 @@ def test_both_images_are_clipped_to_the_range_and_blanked_outside_the_mask():
     assert row(low, high, mask, lesion)['adc_mae'] == pytest.approx(600 / mask.sum())
 
 
+def test_scales_of_ms_ssim_may_be_given_and_suvr_needs_its_unit():
+    rng = np.random.default_rng(0)
+    truth = {'suvr': 1 + rng.random((44, 44, 44))}
+    pred = {'suvr': truth['suvr'] + 0.2 * rng.random((44, 44, 44))}
+    mask = np.ones((44, 44, 44), bool)
+    lesion, ranges = np.zeros_like(mask), {'suvr': (0, 3)}
+    lesion[10:20, 10:20, 10:20] = True
+    own, two, three = (metrics.subject_row(pred, truth, mask, lesion, (4, 4, 4), ranges, 'mri2pet', scales=m)
+                       for m in (None, 2, 3))
+    assert own == three and two['suvr_ms_ssim'] != own['suvr_ms_ssim'] and two['suvr_error'] == own['suvr_error']
+    other = metrics.subject_row(pred, truth, mask, lesion, (4, 4, 4), ranges, 'mri2pet', physical=False)
+    assert np.isnan([other[k] for k in ('suvr_true', 'suvr_pred', 'suvr_error')]).all() and own['suvr_true'] > 1
+
+
 def test_axis_names_the_axial_direction():
     pred, truth, mask, lesion = scene()
     expected = row(pred, truth, mask, lesion)

@@ -10,6 +10,7 @@ import pytest
 
 import anatomy
 import describe
+import metrics
 import phantom
 import stroke
 
@@ -158,3 +159,11 @@ def test_mistakes_are_one_sentence(arguments, tmp_path, capsys):
     said = capsys.readouterr().err.strip()
     assert said.startswith('phantom.py: ') and len(said.splitlines()) == 1
     assert (tmp_path / 'full' / 'a').read_text() == 'mine' and not (tmp_path / 'x').exists()
+
+
+def test_the_lesion_rule_of_describe_is_that_of_the_tables():
+    rng = np.random.default_rng(0)
+    mask, adc = np.ones((30, 30, 12), bool), np.where(rng.random((30, 30, 12)) < 0.06, 400.0, 800.0)
+    dwi = np.where(adc < 620, 2.0, 1.0)
+    found = describe.lesion_rule(dwi, adc, mask, 0.045)
+    assert found.any() and np.array_equal(found, metrics.lesion_rule(dwi, adc, mask, 0.045))

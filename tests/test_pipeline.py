@@ -450,8 +450,86 @@ def test_one_bad_subject_does_not_lose_the_others(trained, capsys):
         lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(f'{bad}: ')]
         assert len(lines) == 1 and str(file) in lines[0]
         assert [row['ID'] for row in table(folder / 'test.csv')] == good
+        assert sorted(p.name for p in (folder / 'pred').iterdir()) == sorted(good)  # no older image of the bad one
     finally:
         file.write_bytes(whole)
+
+
+def test_a_cohort_for_testing_alone(trained, capsys):
+    """Only test.txt: no intervals, no amyloid status, all else; nothing asks for the lists of training."""
+    task, settings, folder = trained
+    Path('alone').mkdir()
+    shutil.copy('data/data_info/test.txt', 'alone')
+    words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'alone', '--data_info', 'alone')
+    made_runs.call('infer', *words)
+    said = capsys.readouterr().out
+    assert 'no intervals: they are fitted on validation subjects' in said
+    assert task == 'ctp2dwi' or 'amyloid status is not judged' in said
+    rows = table('result/alone/test.csv')
+    assert [row['ID'] for row in rows] == ids('test') and not [k for k in rows[0] if 'coverage' in k]
+    assert len({row['ms_ssim_scales'] for row in rows}) == 1
+    assert Path('result/alone/test_unet.csv').exists() and not Path('result/alone/test_status.csv').exists()
+
+
+def test_images_of_who_is_not_on_the_list_any_more_go_aside(trained, capsys):
+    task, settings, folder = trained
+    shutil.copytree('data/data_info', 'fewer')
+    words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'fewer', '--data_info', 'fewer',
+             '--only_model')
+    made_runs.call('infer', *words)
+    gone, kept = ids('test')[0], ids('test')[1:]
+    Path('fewer/test.txt').write_text('\n'.join(kept))
+    before = images(Path('result/fewer/pred') / gone)
+    capsys.readouterr()
+    made_runs.call('infer', *words)
+    assert 'those of 1 subjects that are not on the list now are in result/fewer/old_1/pred' in capsys.readouterr().out
+    assert sorted(p.name for p in Path('result/fewer/pred').iterdir()) == sorted(kept)
+    after = images(Path('result/fewer/old_1/pred') / gone)
+    assert before and all(np.array_equal(after[name], image) for name, image in before.items())
+
+
+def test_intervals_outlive_an_inference_without_them(trained):
+    task, settings, folder = trained
+    words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'kept')
+    for more in ((), ('--only_model',)):
+        made_runs.call('infer', *words, *more)
+        intervals = json.loads(Path('result/kept/inference.json').read_text())['intervals']
+        assert intervals.keys() == set(settings['targets'])
+    made_runs.call('infer', *words, '--only_model', '--seed', '4')  # not those of other settings
+    assert json.loads(Path('result/kept/inference.json').read_text())['intervals'] == {}
+
+
+def test_experiments_are_compared_without_inference(trained, capsys):
+    task, settings, folder = trained
+    made_runs.call('infer', *settings['words'])
+    words = (*settings['words'], '--init_from', settings['exp'])
+    made_runs.call('infer', *words, '--exp', 'beside', '--stage', 'regression', '--only_model')
+    pred = {path: path.stat().st_mtime_ns for path in folder.rglob('pred/*/*')}
+    capsys.readouterr()
+    made_runs.call('infer', *settings['words'], '--compare', 'beside')
+    assert f'this model is {settings["exp"]}' in capsys.readouterr().out
+    assert pred and {path: path.stat().st_mtime_ns for path in folder.rglob('pred/*/*')} == pred
+    found = {row['metric']: row for row in table(folder / 'test_compare.csv')}
+    summary = {row['metric']: row for row in table(folder / 'test_summary.csv')}
+    name = f'{settings["targets"][-1]}_mae'
+    assert found[name]['mean'] == summary[name]['mean'] != found[name]['beside_mean']
+    for column in ('mean', 'p'):  # the regression is a baseline of the summary, too: the same subjects, the same test
+        assert float(found[name][f'beside_{column}']) == pytest.approx(float(summary[name][f'regression_{column}']))
+    for other, text in (('nothing', 'result/nothing/test.csv is missing; run python infer.py --exp nothing first'),
+                        (settings['exp'], 'must name other experiments'), ('beside,beside', 'each once')):
+        with pytest.raises(Exception, match=text) as caught:
+            made_runs.call('infer', *settings['words'], '--compare', other)
+        assert caught.value.one_sentence
+    rows = Path('result/beside/test.csv').read_text().splitlines()
+    Path('result/beside/test.csv').write_text('\n'.join(rows[:-1]) + '\n')
+    with pytest.raises(Exception, match=r'\(1 subjects in all\) is in one of the tables') as caught:
+        made_runs.call('infer', *settings['words'], '--compare', 'beside')
+    assert caught.value.one_sentence
+    shutil.copy(folder / 'test.csv', 'result/beside')
+    how = json.loads(Path('result/beside/inference.json').read_text())
+    Path('result/beside/inference.json').write_text(json.dumps(how | dict(data_root='elsewhere')))
+    with pytest.raises(Exception, match="was not made from the split 'test' of data"):
+        made_runs.call('infer', *settings['words'], '--compare', 'beside')
 
 
 # ------------------------------------------------------------------------------------------------------------------

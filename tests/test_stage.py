@@ -157,6 +157,26 @@ def test_a_finished_stage_says_so_and_goes_on_when_the_steps_are_raised(capsys):
     assert [r['step'] for r in rows('validation_unet.csv')] == ['0', '4', '8', '10']
 
 
+def test_fewer_steps_than_were_made_are_refused_unless_they_were_evaluated():
+    class Stop(Exception):
+        pass
+
+    def stop(loop, step):
+        if step == 7:
+            raise Stop
+
+    with pytest.raises(Stop):
+        Loop(before=stop)                                # saved at 6, evaluated at 4
+    before = (FOLDER / 'last_unet.pth.tar').read_bytes()
+    with pytest.raises(RunError) as caught:
+        Loop(steps=5)
+    text = str(caught.value)
+    assert 'is at step 6, beyond the 5 asked for' in text and 'unet_steps to 6 or more' in text
+    assert (FOLDER / 'last_unet.pth.tar').read_bytes() == before
+    assert not Loop(steps=4).going                       # that many were made and evaluated
+    assert Loop(steps=6).seen == [] and [r['step'] for r in rows('validation_unet.csv')] == ['0', '4', '6']
+
+
 @pytest.mark.parametrize('words, old, new', [(('--batch_size', '5'), str(config.batch_size), '5'),
                                              (('--seed', '3'), '0', '3'), (('--lr', '0.5'), str(config.lr), '0.5')])
 def test_a_changed_fixed_setting_is_refused_with_both_values(words, old, new):

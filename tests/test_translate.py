@@ -1,12 +1,14 @@
 """From source to prediction, with networks of random weights."""
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import made_data
 import made_runs
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 import config
 import dataset
@@ -14,7 +16,7 @@ import evaluate
 import utils
 from diffusion import Diffusion
 from model import AAE, PixelUNet, UNet
-from translate import Model, Sampling, decide, translate
+from translate import Model, Sampling, decide, mean_prediction, translate
 
 
 def model(dims, kind):
@@ -144,10 +146,30 @@ def test_neighbouring_slices_count_beyond_a_chunk():
 
 
 def test_reach_is_six_millimetres():
+    """In the voxels of the subject's working grid, which `spacing` = None leaves as they are."""
     cfg = config.load('', [])
-    spec = dataset.Spec.from_settings(cfg)
-    for spacing, dims, reach in (((3, 3, None), 2, (1, 2, 2)), ((1, 2, 5), 2, (1, 6, 3)), ((1, 4, 20), 3, (6, 2, 1))):
-        assert Sampling.of(cfg, dataclasses.replace(spec, spacing=spacing, spatial_dims=dims)).reach == reach
+    spec = dataset.Spec.from_settings(cfg, spacing=(None, None, None))
+    for size, dims, reach in (((3, 3, 5), 2, (1, 2, 2)), ((1, 2, 5), 2, (1, 6, 3)), ((1, 4, 20), 3, (6, 2, 1))):
+        turn = Rotation.from_euler('xyz', (4, -7, 9), degrees=True).as_matrix()
+        matrix = np.eye(4)
+        matrix[:3, :3] = turn @ np.diag(size)
+        subject = SimpleNamespace(grid=((8, 8, 8), matrix), spec=dataclasses.replace(spec, spatial_dims=dims))
+        assert Sampling.of(cfg, spec).at(subject).reach == reach
+
+
+@pytest.mark.parametrize('size', [(8, 12), (16, 8), (4, 20), (12, 16)])
+def test_the_mean_image_of_another_image_size_keeps_its_centre(size):
+    image = np.random.default_rng(0).random((3, 2, 12, 16)).astype(np.float32)
+    subject = SimpleNamespace(mask=np.ones((3, 1, *size), np.float32))
+    found = mean_prediction(dict(image=torch.from_numpy(image), centre=1), subject)
+    assert found.shape == (3, 2, *size)
+    cut = [min(a, b) for a, b in zip(size, (12, 16), strict=True)]
+    here, there = ([slice((n - c) // 2, (n - c) // 2 + c) for n, c in zip(full, cut, strict=True)]
+                   for full in (size, (12, 16)))
+    assert np.array_equal(found[(..., *here)], image[(..., *there)])
+    rest = np.ones(size, bool)
+    rest[tuple(here)] = False
+    assert (found[..., rest] == -1).all()
 
 
 def test_figures_of_the_lesion_head_by_hand():

@@ -98,6 +98,30 @@ def test_errors_for_the_user_are_one_line_and_others_keep_their_traceback():
         utils.cli(lambda: 1 / 0)
 
 
+@pytest.mark.parametrize('text, start', [
+    ('NCCL error in: x.cpp:3, remote process exited\nncclRemoteError: A call failed', 'another process of this'),
+    ('[Rank 1] NCCL error in: x.cpp:3, unhandled system error\nncclSystemError: System call failed.\nLast error:\n'
+     'Error while creating shared memory segment /dev/shm/nccl-1',
+     'the GPUs cannot work together: Error while creating shared memory segment /dev/shm/nccl-1 (NCCL_DEBUG')])
+def test_what_several_gpus_say(monkeypatch, text, start):
+    monkeypatch.setattr(utils.dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(utils.dist, 'destroy_process_group', lambda: None)
+
+    def main():
+        raise utils.dist.DistBackendError(text)
+
+    with pytest.raises(SystemExit) as caught:
+        utils.cli(main)
+    assert caught.value.code.startswith(start)
+
+
+def test_processes_do_not_share_one_gpu(monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(RunError) as caught:
+        utils.Run('cuda:0')
+    assert "device 'cuda:0' would be that of all 2 processes" in sentence(caught)
+
+
 class Malicious:
     """A pickle that makes a file when it is loaded."""
 

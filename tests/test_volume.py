@@ -448,3 +448,15 @@ def test_no_float64_arrays(monkeypatch):
     arrays = subject.source, subject.target, subject.mask, subject.lesion, *subject.truth().values()
     arrays += tuple(subject.to_native(subject.target).values())
     assert {array.dtype for array in arrays} == {np.dtype(np.float32)}
+
+
+@pytest.mark.parametrize('scaling, known, units', [
+    (dict(dwi=('median', 0, 3), adc=('range', 0, 3000)), True, ['multiples of the in-mask median', '1e-6 mm^2/s']),
+    (dict(dwi=('range', 0, 2000), adc=('range', 0, 3000)), False, ['as in the files', '1e-6 mm^2/s']),
+    (dict(dwi=('median', 0, 3), adc=('median', 0, 4)), False, 2 * ['multiples of the in-mask median']),
+    (dict(suvr=('range', 0, 3)), True, ['SUVR']),
+    (dict(suvr=('quantile', 0, 1)), False, ['in-mask quantile range, 0..1']),
+    (dict(cbf=('range', 0, 9)), True, ['as in the files']), (dict(cbf=('quantile', 0, 1)), False, None)])
+def test_units_follow_from_the_scaling(scaling, known, units):
+    assert volume.in_units(dict(source=('quantile', 0, 1)) | scaling) == known
+    assert units is None or [volume.unit_of(name, rule) for name, rule in scaling.items()] == units
