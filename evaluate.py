@@ -214,7 +214,7 @@ def amyloid_status(cfg, run, spec, predict, table, volumes):
     Status is the true PET's SUVR above 1.11; thresholds are fitted on training + validation, so that the true PET, too,
     may miss a subject near 1.11. Fills table['status_pred'].
     """
-    fit_volumes = {}
+    table['status_pred'], fit_volumes = np.nan, {}
     unknown = ('it needs the true PET and the cortical composite (the setting lesion) of all training, validation and '
                'test subjects, SUVR scaled by range')
     if table['suvr_true'].isna().any():  # known before anybody is translated
@@ -229,7 +229,6 @@ def amyloid_status(cfg, run, spec, predict, table, volumes):
     fit, errors = evaluate(run, predict, spec, ids, quick=False, label='fit threshold', on_subject=measure)
     left_out(run, 'the threshold of amyloid status', errors)
     volumes, fit = volumes | dict(run.gather(fit_volumes.items())), pd.DataFrame(fit)
-    table['status_pred'] = np.nan
     try:
         if not len(fit) or fit['suvr_true'].isna().any():
             raise status.StatusError(f'{unknown}.')

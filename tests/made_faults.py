@@ -197,7 +197,7 @@ DATA = [
     Fault('an empty list', f'train_aae.py $TINY {NEW}', lists(train='')),
     Fault('an ID in two lists', f'train_unet.py $TINY {NEW}', lists(validation='s01\n')),
     Fault('a patient in two lists', f'train_unet.py $TINY {NEW}',
-          write('data/data_info/data_info.csv', 'ID,label,patient\ns01,1,p\ns03,0,p\n')),
+          write('data/data_info/data_info.csv', 'ID,label,patient\ns01,1,p\ns02,0,q\ns03,0,p\ns04,1,r\n')),
     Fault('a list that is no text', f'train_aae.py $TINY {NEW}', write('data/data_info/train.txt', b's01\n\xff\xfe\n')),
     Fault('a table that is no text', f'train_aae.py $TINY {NEW}', write('data/data_info/data_info.csv', b'ID\n\xff\n')),
     Fault('a table without IDs', f'train_aae.py $TINY {NEW}', write('data/data_info/data_info.csv', 'name\ns01\n')),

@@ -272,6 +272,30 @@ def test_tables_without_images_and_images_without_truth(monkeypatch):
     assert {path.name for path in (folder / 'fig').iterdir()} == {'curves.png'}
 
 
+def test_files_are_read_as_inference_read_them(monkeypatch, capsys):
+    """Tested on a site that writes ADC in mm^2/s: infer.py was told so, and prediction.json says it."""
+    folder = make_stroke()
+    shutil.copy(folder / 'pred' / 's00' / 'adc.nii.gz', 'kept.nii.gz')
+    told = dataset.Spec.from_settings(settings(), unit_scale=dict(source=1, dwi=1, adc=1e6)).travel()
+    for id in STROKE_IDS:
+        path = Path('data', id, 'adc.nii.gz')
+        img = nib.load(path)
+        nib.save(nib.Nifti1Image(img.get_fdata(dtype=np.float32) * 1e-6, img.affine, img.header), path)
+        path = folder / 'pred' / id / 'prediction.json'
+        path.write_text(json.dumps(json.loads(path.read_text()) | dict(settings=told)))
+    run_plot(monkeypatch, settings())
+    assert (folder / 'fig' / 'montage.png').exists() and 's00' not in capsys.readouterr().err
+
+
+def test_a_subject_without_lesion_file_is_not_counted_in_the_scatter(monkeypatch, tmp_path):
+    titles = []
+    monkeypatch.setattr(charts.plt, 'close', lambda fig: titles.extend(ax.get_title() for ax in fig.axes))
+    facts = pd.DataFrame(dict(ID=['a', 'b', 'c'], true_ml=[1.0, np.nan, 3.0], pred_ml=[2.0, np.nan, 3.0],
+                              rule_ml=[1.0, np.nan, 3.0], true_adc=np.nan, pred_adc=np.nan))
+    charts.draw_stroke_scatter(tmp_path / 'scatter.png', facts)
+    assert 'n = 2, median |difference| 0.5 ml' in titles[0]
+
+
 def test_a_damaged_subject_is_left_out_and_said(monkeypatch, capsys):
     folder = make_stroke()
     for path in folder.glob('*_*.csv'):  # no curves, no summary: less to draw
