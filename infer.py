@@ -344,7 +344,7 @@ def main():
     if cfg.compare:
         compare(cfg)
         return
-    run = utils.Run(cfg.device, cfg.precision)
+    run = utils.Run(cfg.device, cfg.precision, training=False)
     folder = Path('result') / cfg.exp
     model = load_model(cfg, run, cfg.stage)
     if model.prep['task'] != cfg.task or set(model.prep['target_names']) != set(cfg.targets):

@@ -303,7 +303,7 @@ def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
     than 50 and 1000 are extrapolated from two of them.
     """
     cfg = settings(preset, words)
-    run = utils.Run(cfg.device, cfg.precision)
+    run = utils.Run(cfg.device, cfg.precision, training=False)
     model = networks(run, cfg).eval()
     whole = items_of(cfg)
     items = items or whole

@@ -109,9 +109,13 @@ def machine():
 
 
 class Run:
-    """Where and how to compute: device, autocast, processes (torchrun), backward. One process is no special case."""
+    """Where and how to compute: device, autocast, processes (torchrun), backward. One process is no special case.
 
-    def __init__(self, device='auto', precision='auto'):
+    training: False where nothing is trained, which only decides the memory format.
+    """
+
+    def __init__(self, device='auto', precision='auto', training=True):
+        self.training = training
         self.rank, self.world, local = (_environment(name, default) for name, default in
                                         (('RANK', 0), ('WORLD_SIZE', 1), ('LOCAL_RANK', 0)))
         if device in ('auto', 'cuda') and torch.cuda.is_available():
@@ -158,11 +162,11 @@ class Run:
         """A network on the device, its convolutions channels-last: faster on a CPU, in 2D and 3D (CUDA: not measured).
 
         Not so on a CPU where the grid that it works on, if told, has at most 2048 positions (group norm takes longer),
-        nor in 2D on a CPU without AVX-512 (the gradient of the weights takes half as long again, or more).
+        nor, to train in 2D, on a CPU without AVX-512 (the gradient of the weights takes half as long again, or more).
         """
         three_d = any(isinstance(m, torch.nn.Conv3d) for m in net.modules())
         small = grid and math.prod(grid) <= 2048
-        if self.device.type == 'cpu' and (small or not three_d and 'avx512f' not in cpu_flags()):
+        if self.device.type == 'cpu' and (small or self.training and not three_d and 'avx512f' not in cpu_flags()):
             return net.to(self.device)
         return net.to(self.device, memory_format=torch.channels_last_3d if three_d else torch.channels_last)
 
