@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import made_data
 import made_runs
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
@@ -204,3 +205,19 @@ def test_a_checkpoint_that_knows_no_context_saw_single_slices(tmp_path):
             torch.save(data, path)
         made_runs.call('infer', *made_runs.STROKE, '--only_model')
         assert Path('result/exp_1/test.csv').exists()
+
+
+def test_stroke_without_lesion_masks(tmp_path):
+    """The README's settings for it: every stage and inference, and no figure of a lesion."""
+    with made_runs.folder(tmp_path):
+        made_data.write_stroke('data')
+        for file in Path('data').glob('*/lesion.nii.gz'):
+            file.unlink()
+        words = (*made_runs.STROKE, *made_runs.steps(1), '--lesion', 'None', '--lesion_head', 'False',
+                 '--w_lesion', '0')
+        for script, *more in (['train_aae'], ['train_unet'], ['train_unet', '--regression', 'True'], ['post_train'],
+                              ['infer']):
+            made_runs.call(script, *words, *more)
+        summary = pd.read_csv('result/exp_1/test_summary.csv', index_col='metric')
+        lesion = summary.index.str.contains('lesion')
+        assert lesion.sum() > 10 and not summary.loc[lesion, 'n'].any() and summary.loc[~lesion, 'n'].all()
