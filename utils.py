@@ -162,12 +162,11 @@ class Run:
         """A network on the device, its convolutions channels-last: faster on a CPU, in 2D and 3D (CUDA: not measured).
 
         Not so on a CPU with AVX-512 where the grid that it works on, if told, has at most 2048 positions (group norm
-        takes longer), nor without AVX-512 to train in 2D on larger ones (the gradient of the weights takes half as long
-        again, or more).
+        takes longer), nor without AVX-512 to train in 2D (the gradient of the weights takes half as long again, or more).
         """
         three_d = any(isinstance(m, torch.nn.Conv3d) for m in net.modules())
         small = grid and math.prod(grid) <= 2048
-        slow = small if 'avx512f' in cpu_flags() else self.training and not three_d and not small
+        slow = small if 'avx512f' in cpu_flags() else self.training and not three_d
         if self.device.type == 'cpu' and slow:
             return net.to(self.device)
         return net.to(self.device, memory_format=torch.channels_last_3d if three_d else torch.channels_last)
