@@ -162,7 +162,8 @@ class Run:
         """A network on the device, its convolutions channels-last: faster on a CPU, in 2D and 3D (CUDA: not measured).
 
         Not so on a CPU with AVX-512 where the grid that it works on, if told, has at most 2048 positions (group norm
-        takes longer), nor without AVX-512 to train in 2D (the gradient of the weights takes half as long again, or more).
+        takes longer), nor without AVX-512 to train in 2D (the gradient of the weights takes half as long again, or
+        more).
         """
         three_d = any(isinstance(m, torch.nn.Conv3d) for m in net.modules())
         small = grid and math.prod(grid) <= 2048
