@@ -78,8 +78,9 @@ def loader(cohort, batch_size, seed, start_step, rank=0, world=1, workers=0, shi
     batches = _Batches(cohort, batch_size, seed, start_step, rank, world, shift)
     if workers == 0:
         return map(cohort.__getitems__, batches)
-    return _raised(torch.utils.data.DataLoader(_Reader(cohort), batch_sampler=batches, num_workers=workers,
-                                               collate_fn=_as_is))
+    # Begun here, not at the first batch: it draws a random number, and the step's noise must not depend on that.
+    return _raised(iter(torch.utils.data.DataLoader(_Reader(cohort), batch_sampler=batches, num_workers=workers,
+                                                    collate_fn=_as_is)))
 
 
 class _Reader(torch.utils.data.Dataset):

@@ -710,6 +710,16 @@ def test_an_error_of_a_loading_process_is_one_sentence(cohort):
     assert str(caught.value) == str(alone.value)
 
 
+def test_loading_processes_leave_the_noise_of_a_step_alone(cohort):
+    for workers in (0, 1):
+        batches = dataset.loader(cohort, 4, seed=2, start_step=1, workers=workers)
+        torch.manual_seed(5)
+        next(batches)
+        noise = torch.rand(3)
+        torch.manual_seed(5)
+        assert torch.equal(noise, torch.rand(3))
+
+
 def test_workers_give_the_same_batches(cohort):
     plain = draw(dataset.loader(cohort, 4, seed=2, start_step=1), 6)
     assert same(plain, draw(dataset.loader(cohort, 4, seed=2, start_step=1, workers=2), 6))
