@@ -300,7 +300,8 @@ def test_lists_and_tables_as_people_write_them():
         with open(f'lists/{split}.txt', 'w', encoding='utf-8', newline='') as file:
             file.write(text)
     with open('lists/data_info.csv', 'w', encoding='utf-8', newline='') as file:
-        file.write('\ufeffID; label ;patient\r\n0001;1;p1\r\n0002;0.0;p2\r\n0003;;p3\r\n0004;;p4\r\n')  # a spreadsheet's
+        file.write('\ufeffID; label ;patient\r\n0001;1;p1\r\n0002;0.0;p2\r\n')  # as a spreadsheet exports it
+        file.write('0003;;p3\r\n0004;;p4\r\n')
     assert dataset.read_split('lists', 'train') == ['0001', '0002']
     assert dataset.read_labels('lists', ['0001', '0002'], 2) == {'0001': 1, '0002': 0}
 
