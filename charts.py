@@ -236,8 +236,9 @@ def draw_calibration(path, targets, head=None, dpi=110):
         ax.set(xlim=(0, 1), ylim=(0, 1))
         ax.grid(alpha=0.25)
         ax.set_box_aspect(1)
+    looks = ('#0072B2', 'o'), ('#D55E00', '^'), ('#E69F00', 's')
     for ax, (target, series) in zip(axes.flat, targets.items(), strict=False):
-        for (name, points), colour, marker in zip(series.items(), ('#0072B2', '#E69F00'), 'os', strict=False):
+        for (name, points), (colour, marker) in zip(series.items(), looks, strict=False):
             x, mean, low, high = np.array(points).T
             bars = np.maximum([mean - low, high - mean], 0)  # rounding, where all subjects are equal
             ax.errorbar(x, mean, bars, color=colour, marker=marker, capsize=3, label=name)

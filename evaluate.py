@@ -47,11 +47,7 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
                                                scales=ms_ssim_scales(spec))
                     row |= lesion_head_row(lesion_map(subject, pred), mask, lesion, subject.spacing)
                 if intervals:
-                    spread = std_maps(subject, std, spec)
-                    for name, fit in intervals.items():
-                        coverage = quality.interval_coverage(image[name], spread[name], truth[name], mask, fit,
-                                                             limits=ranges[name])
-                        row |= {f'{name}_{k}': v for k, v in coverage.items()}
+                    row |= coverage_row(subject, pred, std, spec, intervals)
             if on_subject:
                 on_subject(subject, pred, std)
             rows.append((i, row | dict(seconds=seconds)))
@@ -81,7 +77,7 @@ def validate(run, predict, spec, ids):
 
 
 def std_maps(subject, std, spec):
-    """The std over samples, (N, K, *S) in network scaling or None (zeros), as physical maps on the subject's grid."""
+    """The std of `translate`, (N, K, *S) in network scaling or None (zeros), as physical maps on the subject's grid."""
     maps = {}
     for k, name in enumerate(spec.target_names):
         lo, hi = dataset.scaling_range(spec, name)
@@ -137,6 +133,70 @@ def calibration_table(counts):
 # ------------------------------------------------------------------------------------------------------------------
 # Trust: intervals and the check of the source
 
+NUMBERS = dict(ctp2dwi='lesion_head_ml', mri2pet='suvr_pred')  # the one number a subject, by task
+
+
+def number_of(subject, pred, std, spec):
+    """(value, spread, truth) of a subject's one number; None where it has none, truth nan where it is not known.
+
+    Stroke, with a lesion head: the lesion's expected volume in ml, the sum of p; spread is the sum of sqrt(p (1 - p)),
+    that of voxels which are lesion or not all together. Amyloid: mean SUVR in the composite and mean of the std there.
+    """
+    lesion = None if subject.native_lesion is None else subject.native_lesion & subject.known_mask()
+    if spec.task == 'ctp2dwi':
+        if (p := lesion_map(subject, pred)) is None:
+            return None
+        ml, p = subject.voxel_ml, p[subject.known_mask()].astype(float)
+        truth = np.nan if lesion is None else np.count_nonzero(lesion) * ml
+        return p.sum() * ml, np.sqrt(p * (1 - p)).sum() * ml, truth
+    name = spec.target_names[0]
+    if lesion is None or not lesion.any() or not volume.in_units(spec.scaling):
+        return None
+    limits = dataset.scaling_range(spec, name)
+    value, spread = subject.to_native(pred)[name][lesion].mean(), std_maps(subject, std, spec)[name][lesion].mean()
+    truth = np.nan if subject.target is None else np.clip(subject.truth()[name][lesion], *limits).mean()
+    return tuple(float(x) for x in (value, spread, truth))
+
+
+def coverage_row(subject, pred, std, spec, intervals):
+    """
+    How often the intervals of fit_intervals hold the truth of a subject.
+
+      <t>_coverage_<100 q>, <t>_width_<100 q>   share of the mask's voxels inside, mean half width
+      <t>_lesion_coverage_<100 q>, _width_      the same in the lesion (amyloid: in the composite); nan without one
+      <number>_low, <number>_high               the 90 % interval of the subject's number (NUMBERS)
+      <number>_covered                          whether its truth lies inside, 0 or 1
+    """
+    row, spread = {}, std_maps(subject, std, spec)
+    image, truth, mask, lesion = subject.to_native(pred), subject.truth(), subject.known_mask(), subject.native_lesion
+    regions = {'': mask} if lesion is None else {'': mask, 'lesion_': lesion & mask}
+    for name in [name for name in spec.target_names if name in intervals]:
+        for region, where in regions.items():
+            coverage = quality.interval_coverage(image[name], spread[name], truth[name], where, intervals[name],
+                                                 limits=dataset.scaling_range(spec, name))
+            row |= {f'{name}_{region}{k}': v for k, v in coverage.items()}
+    return row | number_row(number_of(subject, pred, std, spec), spec, intervals)
+
+
+def number_row(number, spec, intervals):
+    """The columns of coverage_row that belong to a subject's number (number_of); {} where there is no interval."""
+    name = NUMBERS[spec.task]
+    if number is None or name not in intervals:
+        return {}
+    value, spread, truth = number
+    low, high = quality.number_interval(value, spread, intervals[name], lowest=0)
+    covered = float(low <= truth <= high) if np.isfinite(truth) else np.nan
+    return {f'{name}_low': low, f'{name}_high': high, f'{name}_covered': covered}
+
+
+def number_record(subject, pred, std, spec, intervals):
+    """What a prediction.json says of a subject's number: {name: {value, low_90, high_90}}, {} where it has none."""
+    number, name = number_of(subject, pred, std, spec), NUMBERS[spec.task]
+    if not (row := number_row(number, spec, intervals)):
+        return {}
+    limits = dict(value=number[0], low_90=row[f'{name}_low'], high_90=row[f'{name}_high'])
+    return {name: {key: round(float(x), 4) for key, x in limits.items()}}
+
 def fitting_ids(cfg, spec, *splits):
     """The subjects with truth of the lists that are there: a cohort for testing alone has no others."""
     there = [split for split in splits if Path(cfg.data_info, f'{split}.txt').exists()]
@@ -150,8 +210,11 @@ def left_out(run, what, errors):
 
 
 def fit_intervals(cfg, run, spec, predict, voxels=20000):
-    """Intervals pred +- k_q sqrt(std^2 + s_0^2), q = 50, 90 %, by target, from the validation split: {target: fit}."""
-    ids, parts = fitting_ids(cfg, spec, 'validation'), []
+    """
+    Intervals pred +- k_q sqrt(std^2 + s_0^2), q = 50, 90 %, from the validation split: {target: fit of its voxels} and,
+    where it is known of nine subjects or more, that of the one number a subject, by its name (NUMBERS).
+    """
+    ids, parts, numbers = fitting_ids(cfg, spec, 'validation'), [], []
     if not ids and run.main:
         print('no intervals: they are fitted on validation subjects with truth, and there are none')
 
@@ -160,15 +223,19 @@ def fit_intervals(cfg, run, spec, predict, voxels=20000):
         inside = inside[np.linspace(0, len(inside) - 1, min(voxels, len(inside))).astype(int)]
         image, spread, truth = subject.to_native(pred), std_maps(subject, std, spec), subject.truth()
         parts.append({name: [x[name].ravel()[inside] for x in (image, spread, truth)] for name in spec.targets})
+        numbers.append(number_of(subject, pred, std, spec))
 
     errors = evaluate(run, predict, spec, ids, label='fit intervals', on_subject=keep)[1]
     left_out(run, 'the fit of the intervals', errors)
-    parts = run.gather(parts)
+    parts, numbers = run.gather(parts), [n for n in run.gather(numbers) if n is not None and np.isfinite(n[2])]
     fits = {}
     for name in spec.targets if parts else ():
         pred, std, truth = zip(*[p[name] for p in parts], strict=True)
         ones = [np.ones_like(p) for p in pred]
         fits[name] = quality.interval_fit(pred, std, truth, ones, limits=dataset.scaling_range(spec, name))
+    fit = quality.number_fit(sorted(numbers)) if numbers else dict(q=[])  # sorted: whatever the number of processes
+    if 0.9 in fit['q']:
+        fits[NUMBERS[spec.task]] = fit
     return fits
 
 

@@ -40,6 +40,7 @@ from evaluate import (
     lesion_map,
     mri_volumes,
     ms_ssim_scales,
+    number_record,
     std_maps,
     validate,
 )
@@ -163,7 +164,7 @@ def infer_split(cfg, run, model, spec, folder):
 
     def keep(subject, pred, std):
         qc[subject.id] = check_source(model, subject)
-        more = dict(qc=qc[subject.id], intervals=fits)
+        more = dict(qc=qc[subject.id], intervals=fits) | number_record(subject, pred, std, spec, fits)
         if (p := label_probability(run, model, subject.stacked)) is not None:
             more['label_probability'] = probable[subject.id] = p
         write_prediction(folder / 'pred' / subject.id, subject, pred, std, spec, record | more)
@@ -314,7 +315,8 @@ def infer_file(cfg, run, model, spec):
     record = prediction_record(cfg, model, spec)
     p = label_probability(run, model, subject.stacked)
     more = dict(label_probability=p) if p is not None else {}
-    more |= dict(source=origin, qc=qc, intervals=known_intervals(Path('result') / cfg.exp / 'inference.json', record))
+    fits = known_intervals(Path('result') / cfg.exp / 'inference.json', record)
+    more |= dict(source=origin, qc=qc, intervals=fits) | number_record(subject, pred, std, spec, fits)
     write_prediction(out, subject, pred, std, spec, record | more)
     if qc not in ('ok', ''):
         print(f'{subject.id}: the source is {qc}; do not trust the images')

@@ -232,8 +232,7 @@ def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physic
       lesion_mae             mean over targets of the same, each scaled to 0..1
       lesion_contrast_error  |c_pred - c_true|, c = mean DWI in the lesion / mean DWI in the rest of the mask
       adc_lesion_bias        mean (pred - true) ADC in the lesion, signed, 1e-6 mm^2/s
-      lesion_detected        1 if what the lesion rule finds on the prediction overlaps the lesion, else 0; its mean is
-                             the sensitivity
+      lesion_detected        1 if what the lesion rule finds on the prediction overlaps the lesion, else 0: sensitivity
       lesion_rim_mae         like lesion_mae, within 6 mm around the lesion, outside it, in the mask
     ctp2dwi, defined for a subject without lesion (an empty lesion), too:
       lesion_dice            of the lesion rule on the prediction with the lesion; as in ISLES both empty counts 1 and a
@@ -342,7 +341,8 @@ def _numbers(table):
     if table.index.has_duplicates:
         twice = table.index[table.index.duplicated()][0]
         raise MetricError(f'subject {twice} has two lines in a table that is to be summarised.')
-    table = table.drop(columns=[c for c in NOT_SUMMARISED if c in table]).apply(pd.to_numeric).astype(np.float64)
+    left_out = [c for c in table if c in NOT_SUMMARISED or c.endswith(('_low', '_high'))]
+    table = table.drop(columns=left_out).apply(pd.to_numeric).astype(np.float64)
     for column in SIGNED:
         if column in table:
             table.insert(table.columns.get_loc(column) + 1, f'{column}_abs', table[column].abs())
@@ -352,8 +352,8 @@ def _numbers(table):
 def _mean_and_ci(values, prefix, seed):
     values = values[np.isfinite(values)]
     low, high = bootstrap_ci(values, seed)
-    mean = float(values.mean()) if len(values) else np.nan
-    return {f'{prefix}mean': mean, f'{prefix}ci_low': low, f'{prefix}ci_high': high}
+    return {f'{prefix}mean': float(values.mean()) if len(values) else np.nan, f'{prefix}ci_low': low,
+            f'{prefix}ci_high': high}
 
 
 def format_table(summary):

@@ -270,11 +270,12 @@ class PixelUNet(nn.Module):
     not averaged. q = sigmoid(logit + log(odds)): of a lesion's odds, p / (1 - p), the image holds `odds` times as much.
     In the detail branch the error of the image does not reach the logit: its lesion weight would make p too large.
     forward(..., logit=True) -> (pred, logit (B, 1, *S), or None without lesion_head); forward(..., apart=True) ->
-    (healthy, change, logit), to be put together later (translate.decide); (pred, None, None) without lesion_head.
+    (healthy, change, logit, spread), to be put together later (translate.decide); without a head None in its place.
 
     With classes (the label head) it gives one image a class, pred = image_0 + sum over c of share_c * change_c, so that
     what a label decides is not guessed by the network: shares (B, classes) are those of the known labels in training,
-    of LabelPrior where they are not known.
+    of LabelPrior where they are not known. spread (B, K, *S) is how far the image is from that of the class, which is
+    c with chances[:, c] (B, classes): sqrt(sum over c of chances_c (image_c - pred)^2); None without chances.
     """
 
     def __init__(self, spatial_dims, source_channels, image_channels, with_image, widths=(32, 64, 96), blocks=1,
@@ -307,7 +308,8 @@ class PixelUNet(nn.Module):
     def level(dims, i, w, blocks):
         return [ResBlock(dims, w, w) if i else PlainBlock(dims, w) for _ in range(blocks)]
 
-    def forward(self, source, image=None, features=None, logit=False, odds=1.0, shares=None, apart=False):
+    def forward(self, source, image=None, features=None, logit=False, odds=1.0, shares=None, apart=False,
+                chances=None):
         if self.prior is not None and shares is None:
             shares = self.prior.shares(source)
         x = self.whiten(source)
@@ -324,12 +326,18 @@ class PixelUNet(nn.Module):
             x = self.up[i](torch.cat([x, skips[i]], dim=1))
         pred, *more = self.out(x).split(self.parts, dim=1)
         change, lesion_logit = more[:2] if self.args['lesion_head'] else (None, None)
-        for c in range(1, self.args['classes']):
-            pred = pred + shares[:, c].view(-1, *[1] * (pred.ndim - 1)) * more[c - self.args['classes']]
+        changes = more[len(more) + 1 - self.args['classes']:] if self.args['classes'] else []  # of classes 1, 2 ..
+        if changes:
+            mixed = sum(_times(shares[:, c], x) for c, x in enumerate(changes, start=1))
+            pred = pred + mixed
         if image is not None:
             pred = pred + self.share.view(-1, *[1] * (image.ndim - 2)) * image
         if apart:
-            return pred, change, lesion_logit
+            spread = None
+            if chances is not None:
+                squares = [_times(chances[:, c], (x - mixed).float() ** 2) for c, x in enumerate([0, *changes])]
+                spread = sum(squares).sqrt()
+            return pred, change, lesion_logit, spread
         if change is not None:
             q = (lesion_logit.float() + math.log(odds)).sigmoid()
             pred = pred + (q if image is None else q.detach()) * change
@@ -346,6 +354,11 @@ class PixelUNet(nn.Module):
                 p.copy_(theirs[name]) if name in theirs else p.zero_()
         if self.prior is not None:
             self.prior.load_state_dict(regression.prior.state_dict())
+
+
+def _times(weight, image):
+    """weight (B,) times image (B, K, *S)."""
+    return weight.view(-1, *[1] * (image.ndim - 1)) * image
 
 
 def fingerprint(net):

@@ -250,7 +250,7 @@ def _panel(sheet, row, column, name, case, target, view, windows, units, heading
         label = f'synthetic - true {units[target]}'
     elif name == 'std':
         shown = view.draw(ax, view(case.std[target]), 0, windows.std[target], 'cividis')
-        label = f'std of samples, {units[target]}'
+        label = f'std (doubt), {units[target]}'
     else:
         image = (case.truth if name == 'true' else case.pred)[target]
         shown = view.draw(ax, view(image), *windows.value[target], 'gray')

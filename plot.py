@@ -33,6 +33,7 @@ import volume
 from experiment import Experiment
 
 FIGURES = ('montage.png', 'montage_*.png', 'metrics.png', 'scatter.png', 'calibration.png', 'curves.png')
+LESION = dict(ctp2dwi='lesion', mri2pet='composite')     # what the setting `lesion` is
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)                     # of the raw intervals in the calibration diagram
 BOLUS_MM = 8.0                                         # the frames are smoothed by it before the bolus is timed
 RULE = (f'Lesion rule: ADC < {metrics.ADC_LIMIT:g}, DWI > {metrics.DWI_FACTOR:g} times its in-mask median, components '
@@ -243,7 +244,7 @@ def draw_figures(spec, run, fig, faults):
         if len(known):
             charts.draw_amyloid_scatter(path, known, status.TRUE_THRESHOLD, run.threshold)
             figures.append((path, 'One point a test subject: mean SUVR in the composite; the grey line is identity.'))
-    series = coverage(run.test, facts, spec.target_names)
+    series = coverage(run.test, facts, spec.target_names, f'in the {LESION[task]}')
     head = run.lesion_head if run.lesion_head is None else run.lesion_head[['mean_p', 'lesion_share']].dropna()
     if series or head is not None:
         charts.draw_calibration(fig / 'calibration.png', series, None if head is None else head.to_numpy().T)
@@ -253,8 +254,7 @@ def draw_figures(spec, run, fig, faults):
                         'overconfident.' + ' Right: voxels of all subjects, by tenths of the probability that the '
                         'lesion head gives.' * (head is not None)))
     if run.losses or run.validations:
-        region = 'lesion' if task == 'ctp2dwi' else 'composite'
-        charts.draw_curves(fig / 'curves.png', run.losses, run.validations, run.best, region)
+        charts.draw_curves(fig / 'curves.png', run.losses, run.validations, run.best, LESION[task])
         figures.append((fig / 'curves.png', 'Training. The first validation of a stage is the network before it.'))
     return figures
 
@@ -266,10 +266,11 @@ def ceilings(test):
     return {'lesion_dice_2ml': test.loc[test['lesion_dice_2ml'].notna(), 'lesion_dice_ceiling'].mean()}
 
 
-def coverage(test, facts, targets):
-    """target -> series of (nominal, mean, low, high): fitted intervals from test.csv, raw spread of the samples."""
+def coverage(test, facts, targets, region='in the lesion'):
+    """target -> series of (nominal, mean, low, high): fitted intervals from test.csv, the std as a normal one."""
     found = {}
-    for name, table, kind in (('fitted intervals', test, 'coverage'), ('normal, std of the samples', facts, 'raw')):
+    for name, table, kind in (('fitted intervals', test, 'coverage'), (region, test, 'lesion_coverage'),
+                              ('normal, std alone', facts, 'raw')):
         for column in table if table is not None else ():
             match = re.fullmatch(rf'(.+)_{kind}_(\d+)', column)
             values = table[column].dropna() if match and match[1] in targets else ()

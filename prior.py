@@ -85,14 +85,14 @@ class LabelPrior(nn.Module):
         with torch.autocast(source.device.type, enabled=False):
             return (self.histogram(source) @ self.weight.T + self.bias).softmax(1)
 
-    def shares(self, source, label=None):
+    def shares(self, source, label=None, power=POWER):
         """What of each class's image a prediction holds, (B, classes), summing to 1.
 
         A known label (B,), 0 .. classes - 1, counts fully; elsewhere, and with None, the shares are p ** 2, normalised:
         between the mean over the classes (p: least squared error) and the likelier one (the median: least absolute
-        error), close to the best of both.
+        error), close to the best of both. power 1: how likely each class is.
         """
-        p = self(source) ** POWER
+        p = self(source) ** power
         p = p / p.sum(1, keepdim=True)
         if label is None:
             return p

@@ -88,6 +88,30 @@ def interval_coverage(pred, std, truth, mask, fit, limits=None):
     return row
 
 
+def number_fit(numbers, q=(0.5, 0.9)):
+    """
+    Fit intervals of one number a subject, value +- k_q sqrt(spread^2 + s_0^2), on validation subjects.
+
+    numbers: (value, spread, truth) of each. s_0 as in interval_fit; k_q is the ceil((n + 1) q)-th smallest of the n
+    scores |truth - value| / sqrt(spread^2 + s_0^2), so that a further subject's number is covered with probability q
+    (split conformal prediction; but for s_0, which has seen these scores). A level for which n is too small is left
+    out: 0.9 needs 9 subjects. Returns what interval_fit returns.
+    """
+    numbers = np.asarray(numbers, np.float64).reshape(-1, 3)
+    value, spread, truth = (list(column[:, None]) for column in numbers.T)
+    s_0 = interval_fit(value, spread, truth, [np.ones(1)] * len(numbers))['s_0']
+    scores = np.sort([abs(t - v) / np.hypot(s, s_0) for v, s, t in numbers])
+    ranks = {float(level): int(np.ceil((len(scores) + 1) * level - 1e-9)) for level in q}
+    ranks = {level: rank for level, rank in ranks.items() if rank <= len(scores)}
+    return {'s_0': s_0, 'q': list(ranks), 'k': [float(scores[rank - 1]) for rank in ranks.values()]}
+
+
+def number_interval(value, spread, fit, q=0.9, lowest=-np.inf):
+    """(low, high) of a number at level q, low not below `lowest`. QualityError where number_fit left that level out."""
+    half = float(interval_half_width(spread, fit, q))
+    return max(value - half, lowest), value + half
+
+
 def _clip(x, limits):
     return x if limits is None else np.clip(x, *limits)
 

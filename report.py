@@ -42,7 +42,9 @@ MEANING = {
     'mae': 'mean |synthetic - true|, {unit}', 'psnr': 'dB', 'ssim': 'similarity, 1 = equal',
     'ms_ssim': 'the same over several scales', 'lesion_mae': 'mean |synthetic - true| in the lesion, {unit}',
     'coverage_50': 'share of voxels in their 50 % interval', 'width_50': 'half its width, {unit}',
-    'coverage_90': 'share of voxels in their 90 % interval', 'width_90': 'half its width, {unit}'}
+    'coverage_90': 'share of voxels in their 90 % interval', 'width_90': 'half its width, {unit}',
+    'lesion_coverage_50': 'in the lesion or composite', 'lesion_width_50': 'half its width there, {unit}',
+    'lesion_coverage_90': 'in the lesion or composite', 'lesion_width_90': 'half its width there, {unit}'}
 MEANING_OF = {
     'lesion_mae': 'in the lesion, mean of DWI and ADC scaled 0 to 1',
     'lesion_contrast_error': '|difference| of DWI lesion / rest of the brain',
@@ -52,6 +54,8 @@ MEANING_OF = {
     'lesion_avd_ml': '|found - true volume|, ml', 'lesion_detected': 'share of lesions touched',
     'false_lesion_ml': 'found, touching no lesion, ml', 'lesion_rim_mae': '6 mm around the lesion, scaled 0 to 1',
     'suvr_true': 'true PET, composite SUVR', 'suvr_pred': 'synthetic PET, composite SUVR',
+    'lesion_head_ml_covered': 'share of true volumes in their 90 % interval',
+    'suvr_pred_covered': 'share of true SUVRs in their 90 % interval',
     'suvr_error': 'synthetic - true, SUVR', 'suvr_error_abs': 'its size in each subject'}
 
 

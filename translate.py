@@ -39,12 +39,12 @@ class Model:
     def decode(self, z_0, source, features, shares=None, **how):
         """Latents (B, c, *s), source (B, C, *S), the U-Net's features -> images (B, K, *S): D(z_0), or g D(z_0) + R.
 
-        shares and how (logit, odds, apart): as PixelUNet takes them; what a lesion head gives is None without one.
+        shares and how (logit, odds, apart, chances): as PixelUNet takes them; what a head gives is None without one.
         """
         pred = self.aae.decode(z_0)
         if self.detail is not None:
             return self.detail(source, pred, features, shares=shares, **how)
-        return (pred, None, None) if how.get('apart') else (pred, None) if how.get('logit') else pred
+        return (pred, None, None, None) if how.get('apart') else (pred, None) if how.get('logit') else pred
 
     @property
     def prior(self):
@@ -52,9 +52,9 @@ class Model:
         net = self.regression or self.detail
         return None if net is None else net.prior
 
-    def shares(self, source, label=None):
+    def shares(self, source, label=None, **how):
         """What of each class's image the label head takes for sources and labels (LabelPrior.shares), or None."""
-        return None if self.prior is None else self.prior.shares(source, label)
+        return None if self.prior is None else self.prior.shares(source, label, **how)
 
     def eval(self):
         for net in (self.aae, self.unet, self.detail, self.regression):
@@ -191,23 +191,30 @@ def starting_noise(key, shape, k, device):
 def translate(run, model, source, key, how, label=None, mask=None):
     """Translate the items of one subject: pred (N, K, *S), std (N, K, *S) or None, as scaled, from its Subject.stacked.
 
-    With a lesion head they have one channel more: the probability of a lesion, 0..1.
+    With a lesion head pred has one channel more: the probability of a lesion, 0..1.
 
-    All slices start from the same noise, keyed by `key` = subject ID. how.samples latents are averaged before decoding;
-    std is over the decoded samples. how.mirror: all of it once more for the mirrored source, and the mean of both
-    images. label: class number, or None for unknown. mask (N, 1, *S): the brain, for how.trim; None: source > -1.
-    ValueError if one_step is asked of an eps network.
+    All slices start from the same noise, keyed by `key` = subject ID. how.samples latents are averaged before decoding.
+    std^2 = (the variance of the decoded samples) + (what the heads doubt)^2, see `doubt`; None without samples and
+    heads. how.mirror: all of it once more for the mirrored source, and the mean of both. label: class number, or None
+    for unknown. mask (N, 1, *S): the brain, for how.trim; None: source > -1. ValueError if one_step is asked of an eps
+    network.
     """
     source = torch.from_numpy(np.ascontiguousarray(source))
     mask = (source > -1).any(1, keepdim=True).numpy() if mask is None else mask
-    images = _translate_view(run, model, source, mask, key, how, label)
+    images, doubts = _translate_view(run, model, source, mask, key, how, label)
     if how.mirror:
-        images = (images + _translate_view(run, model, source.flip(2), mask[:, :, ::-1], key, how, label).flip(3)) / 2
-    return images[0].numpy(), images[1:].std(0).numpy() if len(images) > 1 else None
+        other, theirs = _translate_view(run, model, source.flip(2), mask[:, :, ::-1], key, how, label)
+        images = (images + other.flip(3)) / 2
+        doubts = None if doubts is None else (doubts + theirs.flip(2)) / 2
+    if len(images) > 1:
+        spread = images[1:].std(0)
+        doubts = spread if doubts is None else torch.hypot(spread[:, :doubts.shape[1]], doubts)
+    return images[0].numpy(), None if doubts is None else doubts.numpy()
 
 
 def _translate_view(run, model, source, mask, key, how, label):
-    """All items of a subject (N, C, *S) -> (1, N, K, *S), the prediction; with how.samples = m > 1 m samples follow."""
+    """All items of a subject (N, C, *S) -> (1, N, K, *S), the prediction, after which, with how.samples = m > 1, come m
+    samples; and the prediction's doubt (N, K, *S) or None."""
     whole = None
     for numbers, box in grid.batches(mask, how.eval_batch, how.trim):
         with run.autocast():
@@ -218,10 +225,10 @@ def _translate_view(run, model, source, mask, key, how, label):
             for into, part in zip(image, parts, strict=True):
                 if part is not None:
                     into[(numbers, slice(None), *box)] = part.float().cpu()
-    return torch.stack([decide(*image, how) for image in whole])
+    return torch.stack([decide(*image[:3], how) for image in whole]), doubt(*whole[0][1:], how)
 
 
-EMPTY = -1.0, 0.0, -30.0  # healthy, change and logit where nothing is computed: background, no lesion
+EMPTY = -1.0, 0.0, -30.0, 0.0  # healthy, change, logit, spread where nothing is computed: background, no lesion
 
 
 def _empty(part, source, value):
@@ -230,13 +237,14 @@ def _empty(part, source, value):
 
 
 def _translate_items(model, source, key, how, label, shape, box):
-    """Source (n, C, *S) -> [(healthy, change, logit)] of the prediction and, how.samples > 1, each decoded sample.
+    """Source (n, C, *S) -> [(healthy, change, logit, spread)] of the prediction, and if how.samples > 1 of each sample.
 
     shape, box: the whole image's spatial shape and the part of it (slices) that the source is.
     """
-    shares = model.shares(source, None if label is None else torch.full((len(source),), label, device=source.device))
+    labels = None if label is None else torch.full((len(source),), label, device=source.device)
+    mix = dict(shares=model.shares(source, labels), chances=model.shares(source, labels, power=1), apart=True)
     if model.regression is not None:
-        return [model.regression(source, shares=shares, apart=True)]
+        return [model.regression(source, **mix)]
     cond = model.unet.encode_source(source)
     factor = model.aae.factor
     part = tuple(slice(b.start // factor, b.start // factor + n // factor)
@@ -245,19 +253,40 @@ def _translate_items(model, source, key, how, label, shape, box):
     samples = [_sample_latents(model, cond, starting_noise((how.seed, key), shape, k, source.device), part, how, label)
                for k in range(how.samples)]
     mean = [torch.stack(parts).mean(0) for parts in zip(*samples, strict=True)]
-    return [model.decode(z_0, source, features, shares, apart=True)
+    return [model.decode(z_0, source, features, **mix)
             for z_0, features in ([mean, *samples] if how.samples > 1 else [mean])]
 
 
 def decide(healthy, change, logit, how):
     """The images of all items of a subject (N, K, *S), and the lesion's probability as channel K + 1.
 
-    healthy + q change, q = sigmoid(logit + log(odds)) (PixelUNet). The odds count only near a voxel that is surely a
-    lesion, p > how.lesion_core: at most how.reach voxels from it along each axis (slices of 2D items are an axis, the
-    first). Elsewhere q = p: what might be a lesion, and is none in most cases, is not made one.
+    healthy + q change (PixelUNet), q of `lesion_share`.
     """
     if logit is None:
         return healthy
+    return torch.cat([healthy + lesion_share(logit, how) * change, logit.sigmoid()], dim=1)
+
+
+def doubt(change, logit, spread, how):
+    """How far the truth is from the images, by what the heads hold likely, (N, K, *S); None without a head.
+
+    doubt^2 = change^2 (p (1 - q)^2 + (1 - p) q^2) + spread^2: with probability p there is a lesion, where the image
+    holds the share q of its change; spread: the same of the classes of a label head (PixelUNet).
+    """
+    if logit is None:
+        return spread
+    p, q = logit.sigmoid(), lesion_share(logit, how)
+    lesion = change.abs() * (p * (1 - q) ** 2 + (1 - p) * q ** 2).sqrt()
+    return lesion if spread is None else torch.hypot(lesion, spread)
+
+
+def lesion_share(logit, how):
+    """q (N, 1, *S), which share of a lesion's change the images hold: sigmoid(logit + log(odds)).
+
+    The odds count only near a voxel that is surely a lesion, p > how.lesion_core: at most how.reach voxels from it
+    along each axis (slices of 2D items are an axis, the first). Elsewhere q = p: what might be a lesion, and is none in
+    most cases, is not made one.
+    """
     more = math.log(how.lesion_odds)
     if how.lesion_core > 0:
         volume = logit[None].movedim(2, 1) if logit.ndim == 4 else logit  # slices (N, 1, X, Y) -> (1, 1, N, X, Y)
@@ -266,7 +295,7 @@ def decide(healthy, change, logit, how):
             moved = [lines.narrow(axis, k, volume.shape[axis]) for k in range(2 * r + 1)]
             volume = reduce(torch.maximum, moved)
         more = more * (volume.view_as(logit).sigmoid() > how.lesion_core)
-    return torch.cat([healthy + (logit + more).sigmoid() * change, logit.sigmoid()], dim=1)
+    return (logit + more).sigmoid()
 
 
 def _sample_latents(model, cond, draw, part, how, label):

@@ -448,10 +448,11 @@ def test_choice_of_amyloid_subjects():
 
 
 def test_coverage_series():
-    test = pd.DataFrame(dict(dwi_coverage_50=[0.4, 0.6], dwi_coverage_90=[0.9, 0.8], other_coverage_50=[1, 1]))
+    test = pd.DataFrame(dict(dwi_coverage_50=[0.4, 0.6], dwi_coverage_90=[0.9, 0.8], other_coverage_50=[1, 1],
+                             dwi_lesion_coverage_50=[0.3, np.nan]))
     assert plot.coverage(test, pd.DataFrame(dict(dwi_raw_50=[0.1, 0.3])), ('dwi', 'adc')) == {
         'dwi': {'fitted intervals': [(0.5, 0.5, 0.4, 0.6), (0.9, pytest.approx(0.85), 0.8, 0.9)],
-                'normal, std of the samples': [(0.5, 0.2, 0.1, 0.3)]}}
+                'in the lesion': [(0.5, 0.3, 0.3, 0.3)], 'normal, std alone': [(0.5, 0.2, 0.1, 0.3)]}}
 
 
 def test_the_ceiling_is_of_the_same_subjects_as_the_dice_beside_it():

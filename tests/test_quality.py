@@ -46,6 +46,27 @@ def test_intervals_are_scaled_when_the_samples_spread_too_little():
     assert fit['k'][1] == pytest.approx(4 * stats.norm.ppf(0.95), rel=0.1) and fit['s_0'] < 0.01
 
 
+def test_intervals_of_one_number_cover_new_subjects():
+    """By rank, not by quantile: with few subjects, too, a further one is covered as often as said."""
+    rng, covered, narrow = np.random.default_rng(0), [], []
+    for _ in range(400):
+        spread = rng.uniform(0.5, 4, 13)
+        value = rng.uniform(0, 50, 13)
+        numbers = np.stack([value, spread, value + spread * rng.normal(size=13)], axis=1)
+        fit = quality.number_fit(numbers[:12])
+        value, spread, truth = numbers[12]
+        low, high = quality.number_interval(value, spread, fit)
+        covered.append(low <= truth <= high)
+        narrow.append((high - low, spread))
+    assert 0.88 <= np.mean(covered) <= 0.97  # 12 of 12 scores: 12 / 13 = 0.92
+    assert np.corrcoef(np.transpose(narrow))[0, 1] > 0.5
+    fit = quality.number_fit(numbers[:8])
+    assert fit['q'] == [0.5]
+    with pytest.raises(quality.QualityError, match='no interval was fitted at level 0.9'):
+        quality.number_interval(1.0, 1.0, fit)
+    assert quality.number_interval(1.0, 50.0, quality.number_fit(numbers), lowest=0)[0] == 0
+
+
 def test_intervals_without_any_spread():
     pred, std, truth, mask = predictions(6, spread=0.0, extra=0.05, seed=0)
     fit = quality.interval_fit(pred, std, truth, mask, q=(0.5, 0.8, 0.9))

@@ -17,7 +17,7 @@ import evaluate
 import utils
 from diffusion import Diffusion
 from model import AAE, PixelUNet, UNet
-from translate import Model, Sampling, decide, mean_prediction, translate
+from translate import Model, Sampling, decide, doubt, mean_prediction, translate
 
 
 def model(dims, kind):
@@ -50,7 +50,7 @@ def test_the_mean_with_the_mirrored_source_is_symmetric(dims, kind, samples):
     plain, mirrored = images(False)
     assert not np.allclose(plain[0][:, :, ::-1], mirrored[0], atol=1e-2)
     assert np.allclose(images(True)[0][0], (plain[0] + mirrored[0][:, :, ::-1]) / 2, atol=1e-4)
-    assert (plain[1] is None) == (samples == 1 or kind == 'regression')
+    assert (plain[1] is None) == (samples == 1 and kind != 'head')
     assert plain[0].shape[1] == 2 + (kind == 'head')  # the probability of a lesion as a further channel
     if kind == 'head':
         assert 0 <= plain[0][:, 2].min() < plain[0][:, 2].max() <= 1
@@ -135,6 +135,48 @@ def test_odds_count_only_near_what_is_surely_a_lesion(dims):
     found[2, 4, 1] = high
     assert torch.allclose(found, torch.where(near, high, low))
     assert torch.allclose(image(lesion_core=0.8, reach=(1, 2, 2)), p.reshape(6, 9, 8))
+
+
+def test_doubt_is_how_far_a_truth_drawn_by_the_heads_lies_from_the_image():
+    """Against draws: a lesion with probability p, a class with its chance, each moving the image as the heads say."""
+    p, change = torch.tensor([0.02, 0.3, 0.5, 0.9]).view(1, 1, 2, 2), torch.tensor([0.5, -0.4]).view(1, 2, 1, 1)
+    how = Sampling(lesion_odds=6)
+    image = decide(torch.zeros(1, 2, 2, 2), change, p.logit(), how)[:, :2]
+    truth = (torch.rand(40000, 1, 2, 2, generator=torch.Generator().manual_seed(0)) < p) * change
+    drawn = ((truth - image) ** 2).mean(0).sqrt()
+    std = doubt(change, p.logit(), None, how)
+    torch.testing.assert_close(std[0], drawn, rtol=0.03, atol=0.003)
+    assert (std > doubt(change, p.logit(), None, Sampling(lesion_odds=1))).all()  # least where the image is the mean
+    both = doubt(change, p.logit(), torch.full((1, 2, 1, 1), 0.2), how)
+    torch.testing.assert_close(both ** 2, std ** 2 + 0.04)
+    assert doubt(None, None, None, how) is None
+
+    shares, chances = torch.tensor([[0.9, 0.1, 0.0], [0.2, 0.3, 0.5]]), torch.tensor([[0.8, 0.2, 0.0], [0.3, 0.3, 0.4]])
+    torch.manual_seed(0)
+    net = PixelUNet(3, 2, 1, False, (8, 8), classes=3).eval()
+    for parameter in net.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.1
+    source = torch.randn(2, 2, 8, 8, 4)
+    with torch.no_grad():
+        pred, change, logit, spread = net(source, shares=shares, apart=True, chances=chances)
+        each = torch.stack([net(source, shares=one.expand(2, 3)) for one in torch.eye(3)])
+        silent = net(source, shares=shares, apart=True)
+    assert change is logit is silent[3] is None
+    torch.testing.assert_close(pred, sum(s.view(2, 1, 1, 1, 1) * x for s, x in zip(shares.T, each, strict=True)))
+    expected = sum(c.view(2, 1, 1, 1, 1) * (x - pred) ** 2 for c, x in zip(chances.T, each, strict=True))
+    torch.testing.assert_close(spread, expected.sqrt(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_known_label_leaves_no_doubt():
+    net, run = model(3, 'latent'), utils.Run('cpu', 'fp32')
+    torch.manual_seed(0)
+    net.regression = PixelUNet(3, 3, 2, False, (8, 8), classes=2)
+    for p in net.regression.parameters():
+        p.data = torch.randn_like(p) * 0.1
+    source = np.random.default_rng(0).normal(size=(1, 3, 16, 8, 8)).astype(np.float32)
+    std = {label: translate(run, net, source, 'sub', Sampling(mirror=True), label)[1] for label in (None, 0, 1)}
+    assert std[None].shape == (1, 2, 16, 8, 8) and std[None].mean() > 1e-3
+    assert np.abs(std[0]).max() < 1e-6 and np.abs(std[1]).max() < 1e-6
 
 
 def test_neighbouring_slices_count_beyond_a_chunk():
