@@ -139,8 +139,8 @@ NUMBERS = dict(ctp2dwi='lesion_head_ml', mri2pet='suvr_pred')  # the one number 
 def number_of(subject, pred, std, spec):
     """(value, spread, truth) of a subject's one number; None where it has none, truth nan where it is not known.
 
-    Stroke, with a lesion head: the lesion's expected volume in ml, the sum of p; spread is the sum of sqrt(p (1 - p)),
-    that of voxels which are lesion or not all together. Amyloid: mean SUVR in the composite and mean of the std there.
+    Stroke, with a lesion head: the lesion's expected volume in ml, the sum of p; spread is the sum of p (1 - p), the
+    volume in doubt. Amyloid: mean SUVR in the composite and mean of the std there.
     """
     lesion = None if subject.native_lesion is None else subject.native_lesion & subject.known_mask()
     if spec.task == 'ctp2dwi':
@@ -148,7 +148,7 @@ def number_of(subject, pred, std, spec):
             return None
         ml, p = subject.voxel_ml, p[subject.known_mask()].astype(float)
         truth = np.nan if lesion is None else np.count_nonzero(lesion) * ml
-        return p.sum() * ml, np.sqrt(p * (1 - p)).sum() * ml, truth
+        return float(p.sum()) * ml, float((p * (1 - p)).sum()) * ml, truth
     name = spec.target_names[0]
     if lesion is None or not lesion.any() or not volume.in_units(spec.scaling):
         return None
@@ -211,8 +211,8 @@ def left_out(run, what, errors):
 
 def fit_intervals(cfg, run, spec, predict, voxels=20000):
     """
-    Intervals pred +- k_q sqrt(std^2 + s_0^2), q = 50, 90 %, from the validation split: {target: fit of its voxels} and,
-    where it is known of nine subjects or more, that of the one number a subject, by its name (NUMBERS).
+    Intervals pred +- h_q(std), q = 50, 90 %, from the validation split, {target: quality.interval_fit of its voxels},
+    and, where it is known of nine subjects or more, quality.number_fit of the one number a subject, by name (NUMBERS).
     """
     ids, parts, numbers = fitting_ids(cfg, spec, 'validation'), [], []
     if not ids and run.main:

@@ -9,12 +9,14 @@ checkpoint or a json.
 import numpy as np
 from scipy import ndimage, optimize
 from sklearn.covariance import LedoitWolf
+from sklearn.isotonic import IsotonicRegression
 
 FEATURES = ('intensity_5', 'intensity_25', 'intensity_50', 'intensity_75', 'intensity_95',
             'frame_std', 'frame_peak', 'frame_peak_time', 'asymmetry', 'tilt_x', 'tilt_y', 'tilt_z',
             'shell_y', 'shell_z', 'skew_x', 'skew_y', 'skew_z', 'noise', 'clipped')
 TURNS = ('form_front_back', 'form_up_down', 'image_front_back', 'image_up_down')
 CELLS = (2, 6, 4)             # distance from the midplane, y, z: the coarse grid on which a brain's form is compared
+GROUP = 500                   # voxels of like std that have an interval of their own, at least
 SCALE_FLOOR = 0.01            # no feature is held to be known better than this
 GOOD_SHARE = 1 / 20           # of good subjects, that may be flagged at most
 
@@ -26,53 +28,60 @@ class QualityError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# intervals: pred +- k_q sqrt(std^2 + s_0^2)
+# intervals
 
 def interval_fit(pred, std, truth, mask, q=(0.5, 0.9), limits=None, per_subject=20000):
     """
-    Fit the intervals pred +- k_q sqrt(std^2 + s_0^2) on validation subjects.
+    Fit the intervals pred +- h_q(std) on validation subjects.
 
-    pred, std, truth, mask: lists of arrays, one per subject, of one target in one unit; std is the spread of the
-    samples and may be all zero (one_step). limits = (lo, hi) clips prediction and truth, as all figures do. Each
-    subject gives at most `per_subject` evenly spaced voxels and the same weight.
+    pred, std, truth, mask: lists of arrays, one per subject, of one target in one unit; std says how far the truth may
+    be, up to an unknown function, and may be all zero. limits = (lo, hi) clips prediction and truth, as all figures do.
+    Each subject gives at most `per_subject` evenly spaced voxels and the same weight.
 
-    s_0 is the value of highest likelihood of errors ~ N(0, c^2 (std^2 + s_0^2)) with c free; where std is zero
-    everywhere it is the root mean squared error. k_q is the q quantile of |error| / sqrt(std^2 + s_0^2), so that a
-    fraction q of the voxels is covered. Returns {'s_0': float, 'q': [...], 'k': [...]}.
+    The voxels are sorted by std into groups: the lower half, half of the rest, and so on while there are GROUP of them,
+    so that the few of large std, around a doubtful lesion, are groups of their own. h_q of a group is the q quantile of
+    its |error|: a fraction q is covered there, not only in the mean over the brain (split conformal prediction by
+    groups). Over the groups h_q is made to rise (isotonic regression), and it is linear between their mean std. Where
+    std is the same everywhere h_q is one number. Returns {'q': [...], 'std': [...], 'half': one list like std for each
+    q}.
     """
-    errors, variances, weights = [], [], []
+    errors, spreads, weights = [], [], []
     for p, s, t, m in zip(pred, std, truth, mask, strict=True):
         inside = np.flatnonzero(np.asarray(m).ravel() > 0)
         if len(inside):
             inside = inside[np.linspace(0, len(inside) - 1, min(len(inside), per_subject)).astype(int)]
             p, t = (_clip(np.asarray(x, np.float64).ravel()[inside], limits) for x in (p, t))
             errors.append(np.abs(p - t))
-            variances.append(np.asarray(s, np.float64).ravel()[inside] ** 2)
+            spreads.append(np.asarray(s, np.float64).ravel()[inside])
             weights.append(np.full(len(inside), 1 / len(inside)))
     if not errors:
         raise QualityError('intervals need at least one validation subject with a brain mask that is not empty.')
-    error, variance, weight = (np.concatenate(x) for x in (errors, variances, weights))
-    weight = weight / weight.sum()
-    rmse = max(float(np.sqrt(np.sum(weight * error ** 2))), 1e-12)
-    s_0 = rmse
-    if variance.max() > 0:
-        def cost(log_s):
-            total = variance + np.exp(2 * log_s)
-            return np.log(np.sum(weight * error ** 2 / total) + 1e-300) + np.sum(weight * np.log(total))
-        top = np.log(max(rmse, float(np.sqrt(variance.max()))))
-        s_0 = float(np.exp(optimize.minimize_scalar(cost, bounds=(np.log(rmse) - 7, top + 3), method='bounded').x))
-    ratio = error / np.sqrt(variance + s_0 ** 2)
-    order = np.argsort(ratio)
-    share = np.cumsum(weight[order])
-    k = [float(ratio[order][min(np.searchsorted(share, level), len(order) - 1)]) for level in q]
-    return {'s_0': s_0, 'q': [float(level) for level in q], 'k': k}
+    order = np.argsort(np.concatenate(spreads), kind='stable')
+    error, spread, weight = (np.concatenate(x)[order] for x in (errors, spreads, weights))
+    starts = [0]
+    while len(spread) - starts[-1] >= 2 * GROUP:
+        starts.append((starts[-1] + len(spread)) // 2)
+    starts = sorted(set(np.searchsorted(spread, spread[starts]).tolist()))  # what is equal stays together
+    groups = [slice(i, j) for i, j in zip(starts, [*starts[1:], len(spread)], strict=True)]
+    share = [weight[g].sum() for g in groups]
+    half = [[_quantile(error[g], weight[g], level) for g in groups] for level in q]
+    half = [IsotonicRegression().fit_transform(np.arange(len(groups)), h, sample_weight=share) for h in half]
+    means = [float(np.average(spread[g], weights=weight[g])) for g in groups]
+    return {'q': [float(level) for level in q], 'std': means, 'half': [h.tolist() for h in half]}
+
+
+def _quantile(values, weights, level):
+    """The smallest of the values that, with those below it, has this share of the weight."""
+    order = np.argsort(values)
+    share = np.cumsum(weights[order])
+    return float(values[order][min(np.searchsorted(share, level * share[-1]), len(values) - 1)])
 
 
 def interval_half_width(std, fit, q):
-    """Half the width of the interval at level q, k_q sqrt(std^2 + s_0^2), as an array like std."""
+    """Half the width of the interval at level q, h_q(std), as an array like std."""
     if q not in fit['q']:
         raise QualityError(f'no interval was fitted at level {q}; there are {fit["q"]}.')
-    return fit['k'][fit['q'].index(q)] * np.sqrt(np.asarray(std, np.float64) ** 2 + fit['s_0'] ** 2)
+    return np.interp(np.asarray(std, np.float64), fit['std'], fit['half'][fit['q'].index(q)])
 
 
 def interval_coverage(pred, std, truth, mask, fit, limits=None):
@@ -90,17 +99,24 @@ def interval_coverage(pred, std, truth, mask, fit, limits=None):
 
 def number_fit(numbers, q=(0.5, 0.9)):
     """
-    Fit intervals of one number a subject, value +- k_q sqrt(spread^2 + s_0^2), on validation subjects.
+    Fit the intervals of one number a subject, value +- k_q sqrt(spread^2 + s_0^2), on validation subjects.
 
-    numbers: (value, spread, truth) of each. s_0 as in interval_fit; k_q is the ceil((n + 1) q)-th smallest of the n
-    scores |truth - value| / sqrt(spread^2 + s_0^2), so that a further subject's number is covered with probability q
-    (split conformal prediction; but for s_0, which has seen these scores). A level for which n is too small is left
-    out: 0.9 needs 9 subjects. Returns what interval_fit returns.
+    numbers: (value, spread, truth) of each. s_0 is the value of highest likelihood of errors ~ N(0, c^2 (spread^2 +
+    s_0^2)) with c free. k_q is the ceil((n + 1) q)-th smallest of the n scores |truth - value| / sqrt(spread^2 +
+    s_0^2), so that a further subject's number is covered with probability q (split conformal prediction; but for s_0,
+    which has seen these scores). A level for which n is too small is left out: 0.9 needs 9 subjects. Returns {'s_0':
+    float, 'q': [...], 'k': [...]}.
     """
-    numbers = np.asarray(numbers, np.float64).reshape(-1, 3)
-    value, spread, truth = (list(column[:, None]) for column in numbers.T)
-    s_0 = interval_fit(value, spread, truth, [np.ones(1)] * len(numbers))['s_0']
-    scores = np.sort([abs(t - v) / np.hypot(s, s_0) for v, s, t in numbers])
+    value, spread, truth = np.asarray(numbers, np.float64).reshape(-1, 3).T
+    error = np.abs(truth - value)
+    s_0 = rms = max(float(np.sqrt(np.mean(error ** 2))), 1e-12)
+    if spread.max() > 0:
+        def cost(log_s):
+            total = spread ** 2 + np.exp(2 * log_s)
+            return np.log(np.mean(error ** 2 / total) + 1e-300) + np.mean(np.log(total))
+        top = np.log(max(rms, spread.max()))
+        s_0 = float(np.exp(optimize.minimize_scalar(cost, bounds=(np.log(rms) - 7, top + 3), method='bounded').x))
+    scores = np.sort(error / np.hypot(spread, s_0))
     ranks = {float(level): int(np.ceil((len(scores) + 1) * level - 1e-9)) for level in q}
     ranks = {level: rank for level, rank in ranks.items() if rank <= len(scores)}
     return {'s_0': s_0, 'q': list(ranks), 'k': [float(scores[rank - 1]) for rank in ranks.values()]}
@@ -108,7 +124,9 @@ def number_fit(numbers, q=(0.5, 0.9)):
 
 def number_interval(value, spread, fit, q=0.9, lowest=-np.inf):
     """(low, high) of a number at level q, low not below `lowest`. QualityError where number_fit left that level out."""
-    half = float(interval_half_width(spread, fit, q))
+    if q not in fit['q']:
+        raise QualityError(f'no interval was fitted at level {q}; there are {fit["q"]}.')
+    half = fit['k'][fit['q'].index(q)] * float(np.hypot(spread, fit['s_0']))
     return max(value - half, lowest), value + half
 
 

@@ -303,8 +303,8 @@ def test_intervals_are_fitted_on_validation_for_the_sampler_in_use(trained):
                 top = dict(dwi=3, adc=3000, suvr=3)[name]
                 error = np.abs(np.clip(pred, 0, top) - np.clip(real, 0, top))
                 assert std.max() > 0
-                for q, k in zip(fit['q'], fit['k'], strict=True):
-                    share = np.mean(error <= k * np.sqrt(std ** 2 + fit['s_0'] ** 2))
+                for q, half in zip(fit['q'], fit['half'], strict=True):
+                    share = np.mean(error <= np.interp(std, fit['std'], half))
                     if split == 'test':                          # not judged where it was fitted
                         assert float(rows[id][f'{name}_coverage_{100 * q:.0f}']) == pytest.approx(share, abs=2e-3)
                     cover.setdefault((name, q), []).append(share)
