@@ -137,28 +137,34 @@ def draw_metrics(path, summary, models, panels, ceilings=None, dpi=110):
     _save(figure, path, dpi)
 
 
-def draw_stroke_scatter(path, facts, dpi=110):
+def draw_stroke_scatter(path, facts, head=None, dpi=110):
     """
     Lesion volume and lesion ADC, synthetic against true.
 
     facts: table with the columns true_ml, pred_ml, rule_ml (the lesion; by the rule on the synthetic and on the real
-    images), true_adc and pred_adc (mean in the true lesion, nan without one).
+    images), true_adc and pred_adc (mean in the true lesion, nan without one). head: of the lesion head lesion_ml,
+    lesion_head_ml, lesion_head_ml_low and _high, or None.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(10.6, 5.5), layout='constrained')
-    ax = axes[0]
+    count = 2 + (head is not None)
+    figure, axes = plt.subplots(1, count, figsize=(5.3 * count, 5.5), layout='constrained')
     top = max(facts[['true_ml', 'pred_ml', 'rule_ml']].max().max() * 1.6, 1)
-    ax.plot([0, top], [0, top], color='0.5', linewidth=0.9, zorder=1)
+    for ax in (axes[0], axes[-1])[:count - 1]:
+        ax.plot([0, top], [0, top], color='0.5', linewidth=0.9, zorder=1)
+        for set_scale, set_limits in ((ax.set_xscale, ax.set_xlim), (ax.set_yscale, ax.set_ylim)):
+            set_scale('symlog', linthresh=0.1, linscale=0.4)
+            set_limits(-0.04, top)
+        ax.set_xlabel('true lesion (ml; linear below 0.1, no lesion = 0)')
+    if head is not None:
+        _draw_volume_intervals(axes[-1], head.dropna())
+    ax = axes[0]
     ax.plot(facts['true_ml'], facts['rule_ml'], 'o', color='0.45', fillstyle='none', markersize=8,
             label='rule on the real images (ceiling)')
     ax.plot(facts['true_ml'], facts['pred_ml'], 'o', color='#0072B2', alpha=0.8, markersize=6,
             label='rule on the synthetic images')
-    for set_scale, set_limits in ((ax.set_xscale, ax.set_xlim), (ax.set_yscale, ax.set_ylim)):
-        set_scale('symlog', linthresh=0.1, linscale=0.4)
-        set_limits(-0.04, top)
     facts = facts.dropna(subset=['true_ml', 'pred_ml'])  # those with lesion masks
     both = facts['pred_ml'] - facts['true_ml']
     ax.set_title(f'Lesion volume, n = {len(facts)}, median |difference| {both.abs().median():.3g} ml', fontsize=10)
-    ax.set(xlabel='true lesion (ml; linear below 0.1, no lesion = 0)', ylabel='found by the lesion rule (ml)')
+    ax.set_ylabel('found by the lesion rule (ml)')
     ax.legend(fontsize=8.5, loc='upper left')
     known = facts.dropna(subset=['true_adc', 'pred_adc'])
     ax = axes[1]
@@ -174,15 +180,31 @@ def draw_stroke_scatter(path, facts, dpi=110):
     _finish_scatter(figure, axes, path, dpi)
 
 
+def _draw_volume_intervals(ax, head):
+    """The lesion head's volume with its interval against the true one, a line for each subject."""
+    low, high = head['lesion_head_ml_low'], head['lesion_head_ml_high']
+    inside = (low <= head['lesion_ml']) & (head['lesion_ml'] <= high)
+    for chosen, colour, text in ((inside, '#0072B2', 'truth inside'), (~inside, '#D55E00', 'truth outside')):
+        if chosen.any():
+            ax.vlines(head['lesion_ml'][chosen], low[chosen], high[chosen], color=colour, alpha=0.6, linewidth=1.5)
+            ax.plot(head['lesion_ml'][chosen], head['lesion_head_ml'][chosen], 'o', color=colour, alpha=0.8,
+                    markersize=6, label=f'{text} (n = {int(chosen.sum())})')
+    ax.set_title('Lesion volume by the lesion head, with its 90 % interval', fontsize=10)
+    ax.set_ylabel('sum of the probabilities (ml)')
+    ax.legend(fontsize=8.5, loc='upper left')
+
+
 def draw_amyloid_scatter(path, table, threshold, fitted, dpi=110):
     """
     SUVR of the cortical composite, synthetic against true, and the difference against the true value.
 
-    table: suvr_true, suvr_pred; threshold: of the true PET; fitted: of the synthetic one, or None if it is not known.
+    table: suvr_true, suvr_pred, where known suvr_pred_low and _high; threshold: of the true PET; fitted: of the
+    synthetic one, or None if it is not known.
     """
     figure, axes = plt.subplots(1, 2, figsize=(10.6, 5.5), layout='constrained')
     values = table[['suvr_true', 'suvr_pred']].to_numpy()
-    low, high = values.min() - 0.05, values.max() + 0.05
+    shown = table.filter(['suvr_true', 'suvr_pred', 'suvr_pred_low', 'suvr_pred_high']).to_numpy()
+    low, high = np.nanmin(shown) - 0.05, np.nanmax(shown) + 0.05
     axes[0].plot([low, high], [low, high], color='0.5', linewidth=0.9)
     difference = table['suvr_pred'] - table['suvr_true']
     for name, chosen, colour, marker in (('negative', table['suvr_true'] <= threshold, NEGATIVE, 'o'),
@@ -190,6 +212,9 @@ def draw_amyloid_scatter(path, table, threshold, fitted, dpi=110):
         text = f'truly {name} (n = {int(chosen.sum())})'
         for ax, y in zip(axes, (table['suvr_pred'], difference), strict=True):
             ax.plot(table['suvr_true'][chosen], y[chosen], marker, color=colour, alpha=0.8, markersize=7, label=text)
+    if 'suvr_pred_low' in table:
+        axes[0].vlines(table['suvr_true'], table['suvr_pred_low'], table['suvr_pred_high'], color='0.6', linewidth=1,
+                       zorder=0, label='90 % interval')
     for ax in axes:
         ax.axvline(threshold, color='black', linestyle='--', linewidth=1,
                    label=f'threshold of the true PET, {threshold:g}')
@@ -236,7 +261,7 @@ def draw_calibration(path, targets, head=None, dpi=110):
         ax.set(xlim=(0, 1), ylim=(0, 1))
         ax.grid(alpha=0.25)
         ax.set_box_aspect(1)
-    looks = ('#0072B2', 'o'), ('#D55E00', '^'), ('#E69F00', 's')
+    looks = ('#0072B2', 'o'), ('#D55E00', '^')
     for ax, (target, series) in zip(axes.flat, targets.items(), strict=False):
         for (name, points), (colour, marker) in zip(series.items(), looks, strict=False):
             x, mean, low, high = np.array(points).T

@@ -15,7 +15,6 @@ import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -34,7 +33,6 @@ from experiment import Experiment
 
 FIGURES = ('montage.png', 'montage_*.png', 'metrics.png', 'scatter.png', 'calibration.png', 'curves.png')
 LESION = dict(ctp2dwi='lesion', mri2pet='composite')     # what the setting `lesion` is
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)                     # of the raw intervals in the calibration diagram
 BOLUS_MM = 8.0                                         # the frames are smoothed by it before the bolus is timed
 RULE = (f'Lesion rule: ADC < {metrics.ADC_LIMIT:g}, DWI > {metrics.DWI_FACTOR:g} times its in-mask median, components '
         f'of {metrics.MIN_COMPONENT_ML:g} ml or more.')
@@ -87,7 +85,7 @@ def read_prediction(path, subject):
 
 
 def measure(spec, folder, id):
-    """A row for the scatter and calibration diagrams, from one subject's images."""
+    """A row for the scatter diagram, from one subject's images."""
     subject, case = load_case(spec, folder, id)
     row, mask = dict(ID=id), case.mask
     if case.lesion is not None and case.truth and case.found is not None:
@@ -96,10 +94,6 @@ def measure(spec, folder, id):
         row.update({name: np.count_nonzero(region) * subject.voxel_ml for name, region in regions.items()})
         for name, images in (('true_adc', case.truth), ('pred_adc', case.pred)):
             row[name] = float(images['adc'][case.lesion].mean()) if case.lesion.any() else np.nan
-    for target in case.std if case.truth else ():
-        error, std = np.abs(case.pred[target] - case.truth[target])[mask], case.std[target][mask]
-        for level in LEVELS:
-            row[f'{target}_raw_{100 * level:.0f}'] = np.mean(error <= NormalDist().inv_cdf((1 + level) / 2) * std)
     return row
 
 
@@ -222,7 +216,7 @@ def draw_subjects(spec, run, fig, facts, faults):
 def draw_figures(spec, run, fig, faults):
     """Every figure for which there is something."""
     task, figures, facts = spec.task, [], pd.DataFrame()
-    if run.predicted and (task == 'ctp2dwi' or any(run.folder.glob('pred/*/*_std.nii.gz'))):
+    if run.predicted and task == 'ctp2dwi':
         facts = pd.DataFrame(in_turn(lambda id: measure(spec, run.folder, id), run.predicted, faults))
     if run.predicted:
         figures += draw_subjects(spec, run, fig, facts, faults)
@@ -237,14 +231,16 @@ def draw_figures(spec, run, fig, faults):
                                       ' Dice: of lesions above 2 ml.' if task == 'ctp2dwi' else '')))
     path = fig / 'scatter.png'
     if 'true_ml' in facts:
-        charts.draw_stroke_scatter(path, facts)
+        columns = ['lesion_ml', 'lesion_head_ml', 'lesion_head_ml_low', 'lesion_head_ml_high']
+        head = None if run.test is None or not set(columns) <= set(run.test) else run.test[columns]
+        charts.draw_stroke_scatter(path, facts, head)
         figures.append((path, f'One point a test subject; the grey line is identity. {RULE}'))
     if run.test is not None and {'suvr_true', 'suvr_pred'} <= set(run.test):
         known = run.test.dropna(subset=['suvr_true', 'suvr_pred'])
         if len(known):
             charts.draw_amyloid_scatter(path, known, status.TRUE_THRESHOLD, run.threshold)
             figures.append((path, 'One point a test subject: mean SUVR in the composite; the grey line is identity.'))
-    series = coverage(run.test, facts, spec.target_names, f'in the {LESION[task]}')
+    series = coverage(run.test, spec.target_names, f'in the {LESION[task]}')
     head = run.lesion_head if run.lesion_head is None else run.lesion_head[['mean_p', 'lesion_share']].dropna()
     if series or head is not None:
         charts.draw_calibration(fig / 'calibration.png', series, None if head is None else head.to_numpy().T)
@@ -266,14 +262,13 @@ def ceilings(test):
     return {'lesion_dice_2ml': test.loc[test['lesion_dice_2ml'].notna(), 'lesion_dice_ceiling'].mean()}
 
 
-def coverage(test, facts, targets, region='in the lesion'):
-    """target -> series of (nominal, mean, low, high): fitted intervals from test.csv, the std as a normal one."""
+def coverage(test, targets, region='in the lesion'):
+    """target -> series of (nominal, mean, low, high) from test.csv: in the brain and in the lesion."""
     found = {}
-    for name, table, kind in (('fitted intervals', test, 'coverage'), (region, test, 'lesion_coverage'),
-                              ('normal, std alone', facts, 'raw')):
-        for column in table if table is not None else ():
+    for name, kind in (('in the brain', 'coverage'), (region, 'lesion_coverage')):
+        for column in test if test is not None else ():
             match = re.fullmatch(rf'(.+)_{kind}_(\d+)', column)
-            values = table[column].dropna() if match and match[1] in targets else ()
+            values = test[column].dropna() if match and match[1] in targets else ()
             if len(values):
                 point = int(match[2]) / 100, values.mean(), values.min(), values.max()
                 found.setdefault(match[1], {}).setdefault(name, []).append(point)

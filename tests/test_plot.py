@@ -293,7 +293,28 @@ def test_a_subject_without_lesion_file_is_not_counted_in_the_scatter(monkeypatch
     facts = pd.DataFrame(dict(ID=['a', 'b', 'c'], true_ml=[1.0, np.nan, 3.0], pred_ml=[2.0, np.nan, 3.0],
                               rule_ml=[1.0, np.nan, 3.0], true_adc=np.nan, pred_adc=np.nan))
     charts.draw_stroke_scatter(tmp_path / 'scatter.png', facts)
-    assert 'n = 2, median |difference| 0.5 ml' in titles[0]
+    assert len(titles) == 2 and 'n = 2, median |difference| 0.5 ml' in titles[0]
+
+
+def test_the_intervals_of_the_lesion_volume_are_drawn_with_those_that_miss(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(charts.plt, 'close', lambda fig: drawn.extend(
+        text.get_text() for text in fig.axes[-1].get_legend().get_texts()))
+    facts = pd.DataFrame(dict(true_ml=[1.0, 3.0], pred_ml=[2.0, 3.0], rule_ml=[1.0, 3.0], true_adc=500.0,
+                              pred_adc=600.0))
+    head = pd.DataFrame(dict(lesion_ml=[1, 3, 9, np.nan], lesion_head_ml=[2, 3, 4, 5], lesion_head_ml_low=[0, 1, 3, 4],
+                             lesion_head_ml_high=[4, 5, 5, 6]))
+    charts.draw_stroke_scatter(tmp_path / 'scatter.png', facts, head)
+    assert drawn == ['truth inside (n = 2)', 'truth outside (n = 1)']
+
+
+def test_the_intervals_of_the_composite_lie_within_the_axes(monkeypatch, tmp_path):
+    limits = []
+    monkeypatch.setattr(charts.plt, 'close', lambda fig: limits.extend(fig.axes[0].get_ylim()))
+    table = pd.DataFrame(dict(suvr_true=[1.0, 1.5], suvr_pred=[1.1, 1.4], suvr_pred_low=[0.7, 1.0],
+                              suvr_pred_high=[1.5, 1.8]))
+    charts.draw_amyloid_scatter(tmp_path / 'scatter.png', table, 1.11, None)
+    assert limits == pytest.approx([0.65, 1.85])
 
 
 def test_a_damaged_subject_is_left_out_and_said(monkeypatch, capsys):
@@ -450,9 +471,9 @@ def test_choice_of_amyloid_subjects():
 def test_coverage_series():
     test = pd.DataFrame(dict(dwi_coverage_50=[0.4, 0.6], dwi_coverage_90=[0.9, 0.8], other_coverage_50=[1, 1],
                              dwi_lesion_coverage_50=[0.3, np.nan]))
-    assert plot.coverage(test, pd.DataFrame(dict(dwi_raw_50=[0.1, 0.3])), ('dwi', 'adc')) == {
-        'dwi': {'fitted intervals': [(0.5, 0.5, 0.4, 0.6), (0.9, pytest.approx(0.85), 0.8, 0.9)],
-                'in the lesion': [(0.5, 0.3, 0.3, 0.3)], 'normal, std alone': [(0.5, 0.2, 0.1, 0.3)]}}
+    assert plot.coverage(test, ('dwi', 'adc')) == {
+        'dwi': {'in the brain': [(0.5, 0.5, 0.4, 0.6), (0.9, pytest.approx(0.85), 0.8, 0.9)],
+                'in the lesion': [(0.5, 0.3, 0.3, 0.3)]}}
 
 
 def test_the_ceiling_is_of_the_same_subjects_as_the_dice_beside_it():
