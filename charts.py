@@ -234,8 +234,8 @@ def draw_amyloid_scatter(path, table, threshold, fitted, dpi=110):
     note = f', r = {np.corrcoef(values.T)[0, 1]:.2f}' if varies else ''
     axes[0].set_title(f'SUVR, n = {len(table)}{note}', fontsize=10)
     axes[1].set_title(f'Difference, mean |difference| {difference.abs().mean():.2g}', fontsize=10)
-    for ax in axes:
-        ax.legend(fontsize=7.5)
+    axes[0].legend(fontsize=7.5, loc='lower right')
+    axes[1].legend(fontsize=7.5)
     _finish_scatter(figure, axes, path, dpi)
 
 

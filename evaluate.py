@@ -216,7 +216,8 @@ def fit_intervals(cfg, run, spec, predict, voxels=20000):
     """
     ids, parts, numbers = fitting_ids(cfg, spec, 'validation'), [], []
     if not ids and run.main:
-        print('no intervals: they are fitted on validation subjects with truth, and there are none')
+        print('no intervals are fitted: there are no validation subjects with truth; if this checkpoint has intervals '
+              'from before, those are taken')
 
     def keep(subject, pred, std):
         inside = np.flatnonzero(subject.known_mask())

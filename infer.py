@@ -149,14 +149,14 @@ def infer_split(cfg, run, model, spec, folder):
         label = None if cfg.label == 'unknown' else labels.get(subject.id) if cfg.label == 'true' else int(cfg.label)
         return translate(run, model, subject.stacked, subject.id, how.at(subject), label, subject.mask)
 
+    known = run.gather([known_intervals(cfg, model, record)] if run.main else [])[0]
     if run.main:
-        known = known_intervals(folder / 'inference.json', record)
         note = keep_aside(folder, record, ids)
         if note:
             print(note)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record, f, indent=1), 'w')
     run.barrier()
-    fits = {} if cfg.only_model else fit_intervals(cfg, run, spec, predict)
+    fits = {} if cfg.only_model else fit_intervals(cfg, run, spec, predict) or known
     if run.main:  # beside the settings they were fitted with, for the subjects to come
         fitted = record | dict(intervals=fits or known)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(fitted, f, indent=1), 'w')
@@ -311,11 +311,9 @@ def infer_file(cfg, run, model, spec):
     label = int(cfg.label) if cfg.label.isdigit() else None
     how = Sampling.of(cfg, spec).at(subject)
     pred, std = translate(run, model, subject.stacked, subject.id, how, label, subject.mask)
-    qc = check_source(model, subject)
-    record = prediction_record(cfg, model, spec)
-    p = label_probability(run, model, subject.stacked)
-    more = dict(label_probability=p) if p is not None else {}
-    fits = known_intervals(Path('result') / cfg.exp / 'inference.json', record)
+    qc, record = check_source(model, subject), prediction_record(cfg, model, spec)
+    more = {} if (p := label_probability(run, model, subject.stacked)) is None else dict(label_probability=p)
+    fits = known_intervals(cfg, model, record)
     more |= dict(source=origin, qc=qc, intervals=fits) | number_record(subject, pred, std, spec, fits)
     write_prediction(out, subject, pred, std, spec, record | more)
     if qc not in ('ok', ''):
@@ -323,11 +321,17 @@ def infer_file(cfg, run, model, spec):
     print(f'{", ".join(f"{name}.nii.gz" for name in spec.targets)} written to {cfg.out}')
 
 
-def known_intervals(path, record):
-    """The intervals that inference on a split fitted, if it was done with this checkpoint and sampler; else {}."""
-    any_split = dict(split='', data_root='')
-    same = settings_of(path) | any_split == json.loads(json.dumps(record)) | any_split
-    return json.loads(path.read_text()).get('intervals', {}) if same else {}
+def known_intervals(cfg, model, record):
+    """The intervals that inference fitted with this checkpoint and sampler, here or beside the checkpoint; else {}."""
+    def way(said):  # less where the files were and what they were like
+        files = dict.fromkeys(('unit_scale', 'resample', 'frame_interval'))
+        return said | dict(split='', data_root='', exp='', settings=said.get('settings', {}) | files)
+
+    for folder in (Path('result') / cfg.exp, checkpoint_path(cfg, model.stage).parent):
+        same = way(settings_of(folder / 'inference.json')) == way(json.loads(json.dumps(record)))
+        if found := same and json.loads((folder / 'inference.json').read_text()).get('intervals'):
+            return found
+    return {}
 
 
 def of_these_files(cfg):

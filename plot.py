@@ -172,8 +172,8 @@ def make_windows(cases, spec):
         windows.value[target] = lo, high if high > lo else hi
         errors = [np.abs(case.pred[target] - case.truth[target])[case.mask] for case in cases if case.truth]
         stds = [case.std[target][case.mask] for case in cases if target in case.std]
-        for limits, values in ((windows.error, errors), (windows.std, stds)):
-            top = np.quantile(np.concatenate(values), 0.99) if values else 1
+        for limits, values, share in ((windows.error, errors, 0.99), (windows.std, stds, 0.998)):  # few are in doubt
+            top = np.quantile(np.concatenate(values), share) if values else 1
             limits[target] = float(f'{max(top, 1e-3 * (hi - lo)):.2g}')
     return windows
 

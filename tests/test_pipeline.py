@@ -488,17 +488,22 @@ def test_one_bad_subject_does_not_lose_the_others(trained, capsys):
 
 
 def test_a_cohort_for_testing_alone(trained, capsys):
-    """Only test.txt: no intervals, no amyloid status, all else; nothing asks for the lists of training."""
+    """Only test.txt: the intervals that this checkpoint has elsewhere, no amyloid status; no other list is read."""
     task, settings, folder = trained
     Path('alone').mkdir()
     shutil.copy('data/data_info/test.txt', 'alone')
     words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'alone', '--data_info', 'alone')
-    made_runs.call('infer', *words)
-    said = capsys.readouterr().out
-    assert 'no intervals: they are fitted on validation subjects' in said
-    assert task == 'ctp2dwi' or 'amyloid status is not judged' in said
-    rows = table('result/alone/test.csv')
-    assert [row['ID'] for row in rows] == ids('test') and not [k for k in rows[0] if 'coverage' in k]
+    intervals = json.loads((folder / 'inference.json').read_text())['intervals']
+    scale = {name: 1.001 if name == 'source' else 1 for name in ('source', *settings['targets'])}
+    for more in ((), ('--num_steps', '3', '--sampler', 'ddim'), ('--unit_scale', str(scale))):
+        made_runs.call('infer', *words, *more)
+        said = capsys.readouterr().out
+        assert 'no intervals are fitted: there are no validation subjects' in said
+        assert task == 'ctp2dwi' or 'amyloid status is not judged' in said
+        rows, known = table('result/alone/test.csv'), 'ddim' not in more  # of another sampler there are none
+        assert [row['ID'] for row in rows] == ids('test') and any('coverage' in k for k in rows[0]) == known
+        found = json.loads(Path('result/alone/inference.json').read_text())['intervals']
+        assert found == (intervals if known else {}) and bool(intervals)
     assert len({row['ms_ssim_scales'] for row in rows}) == 1
     assert Path('result/alone/test_unet.csv').exists() and not Path('result/alone/test_status.csv').exists()
 
