@@ -145,9 +145,11 @@ def draw_stroke_scatter(path, facts, head=None, dpi=110):
     images), true_adc and pred_adc (mean in the true lesion, nan without one). head: of the lesion head lesion_ml,
     lesion_head_ml, lesion_head_ml_low and _high, or None.
     """
+    head = None if head is None or head.dropna().empty else head.dropna()
     count = 2 + (head is not None)
     figure, axes = plt.subplots(1, count, figsize=(5.3 * count, 5.5), layout='constrained')
-    top = max(facts[['true_ml', 'pred_ml', 'rule_ml']].max().max() * 1.6, 1)
+    highest = [table.max().max() for table in (facts[['true_ml', 'pred_ml', 'rule_ml']], head) if table is not None]
+    top = max(max(highest) * 1.6, 1)
     for ax in (axes[0], axes[-1])[:count - 1]:
         ax.plot([0, top], [0, top], color='0.5', linewidth=0.9, zorder=1)
         for set_scale, set_limits in ((ax.set_xscale, ax.set_xlim), (ax.set_yscale, ax.set_ylim)):
@@ -155,7 +157,7 @@ def draw_stroke_scatter(path, facts, head=None, dpi=110):
             set_limits(-0.04, top)
         ax.set_xlabel('true lesion (ml; linear below 0.1, no lesion = 0)')
     if head is not None:
-        _draw_volume_intervals(axes[-1], head.dropna())
+        _draw_volume_intervals(axes[-1], head)
     ax = axes[0]
     ax.plot(facts['true_ml'], facts['rule_ml'], 'o', color='0.45', fillstyle='none', markersize=8,
             label='rule on the real images (ceiling)')
@@ -267,7 +269,7 @@ def draw_calibration(path, targets, head=None, dpi=110):
             x, mean, low, high = np.array(points).T
             bars = np.maximum([mean - low, high - mean], 0)  # rounding, where all subjects are equal
             ax.errorbar(x, mean, bars, color=colour, marker=marker, capsize=3, label=name)
-        ax.set(xlabel='nominal coverage', ylabel='share of brain voxels covered')
+        ax.set(xlabel='nominal coverage', ylabel='share of voxels covered')
         ax.set_title(f'{target.upper()}: voxels inside their interval', fontsize=10)
         ax.legend(fontsize=8, loc='upper left')
     if head is not None:

@@ -47,7 +47,7 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
                                                scales=ms_ssim_scales(spec))
                     row |= lesion_head_row(lesion_map(subject, pred), mask, lesion, subject.spacing)
                 if intervals:
-                    row |= coverage_row(subject, pred, std, spec, intervals)
+                    row |= coverage_row(subject, pred, std, spec, intervals, image, truth)
             if on_subject:
                 on_subject(subject, pred, std)
             rows.append((i, row | dict(seconds=seconds)))
@@ -83,7 +83,7 @@ def std_maps(subject, std, spec):
         lo, hi = dataset.scaling_range(spec, name)
         maps[name] = np.zeros(subject.shape, np.float32)
         if std is not None:
-            maps[name] = subject.to_native_raw(std[:, k:k + 1]) * (hi - lo) / 2 * subject.native_mask
+            maps[name] = subject.moved(std[:, k:k + 1])[0] * (hi - lo) / 2 * subject.native_mask
     return maps
 
 
@@ -91,7 +91,7 @@ def lesion_map(subject, pred):
     """The probability of a lesion (X, Y, Z), 0 outside the mask, from a prediction with K + 1 channels; None of K."""
     if pred.shape[1] == len(subject.spec.target_names):
         return None
-    return np.clip(subject.to_native_raw(pred[:, -1:]), 0, 1) * subject.native_mask
+    return np.clip(subject.moved(pred[:, -1:])[0], 0, 1) * subject.native_mask
 
 
 def lesion_head_row(probability, mask, lesion, spacing):
@@ -137,51 +137,53 @@ NUMBERS = dict(ctp2dwi='lesion_head_ml', mri2pet='suvr_pred')  # the one number 
 
 
 def number_of(subject, pred, std, spec):
-    """(value, spread, truth) of a subject's one number; None where it has none, truth nan where it is not known.
+    """(value, spread, truth) of a subject's one number; None where it has none.
 
     Stroke, with a lesion head: the lesion's expected volume in ml, the sum of p; spread is the sum of p (1 - p), the
-    volume in doubt. Amyloid: mean SUVR in the composite and mean of the std there.
+    volume in doubt; truth nan without a lesion mask. Amyloid, where PET and composite are known: mean SUVR in the
+    composite and mean of the std there.
     """
     lesion = None if subject.native_lesion is None else subject.native_lesion & subject.known_mask()
     if spec.task == 'ctp2dwi':
         if (p := lesion_map(subject, pred)) is None:
             return None
-        ml, p = subject.voxel_ml, p[subject.known_mask()].astype(float)
+        ml, p = float(np.prod(subject.spacing)) / 1000, p[subject.known_mask()].astype(float)  # as lesion_ml
         truth = np.nan if lesion is None else np.count_nonzero(lesion) * ml
         return float(p.sum()) * ml, float((p * (1 - p)).sum()) * ml, truth
     name = spec.target_names[0]
-    if lesion is None or not lesion.any() or not volume.in_units(spec.scaling):
+    if lesion is None or not lesion.any() or subject.target is None or not volume.in_units(spec.scaling):
         return None
     limits = dataset.scaling_range(spec, name)
     value, spread = subject.to_native(pred)[name][lesion].mean(), std_maps(subject, std, spec)[name][lesion].mean()
-    truth = np.nan if subject.target is None else np.clip(subject.truth()[name][lesion], *limits).mean()
+    truth = np.clip(subject.truth()[name][lesion], *limits).mean()
     return tuple(float(x) for x in (value, spread, truth))
 
 
-def coverage_row(subject, pred, std, spec, intervals):
+def coverage_row(subject, pred, std, spec, intervals, image, truth):
     """
-    How often the intervals of fit_intervals hold the truth of a subject.
+    How often the intervals of fit_intervals hold the truth of a subject; image, truth: target -> (X, Y, Z).
 
       <t>_coverage_<100 q>, <t>_width_<100 q>   share of the mask's voxels inside, mean half width
       <t>_lesion_coverage_<100 q>, _width_      the same in the lesion (amyloid: in the composite); nan without one
       <number>_low, <number>_high               the 90 % interval of the subject's number (NUMBERS)
       <number>_covered                          whether its truth lies inside, 0 or 1
     """
-    row, spread = {}, std_maps(subject, std, spec)
-    image, truth, mask, lesion = subject.to_native(pred), subject.truth(), subject.known_mask(), subject.native_lesion
+    row, spread, mask, lesion = {}, std_maps(subject, std, spec), subject.known_mask(), subject.native_lesion
     regions = {'': mask} if lesion is None else {'': mask, 'lesion_': lesion & mask}
     for name in [name for name in spec.target_names if name in intervals]:
         for region, where in regions.items():
             coverage = quality.interval_coverage(image[name], spread[name], truth[name], where, intervals[name],
                                                  limits=dataset.scaling_range(spec, name))
             row |= {f'{name}_{region}{k}': v for k, v in coverage.items()}
+    if NUMBERS[spec.task] not in intervals:
+        return row
     return row | number_row(number_of(subject, pred, std, spec), spec, intervals)
 
 
 def number_row(number, spec, intervals):
-    """The columns of coverage_row that belong to a subject's number (number_of); {} where there is no interval."""
+    """The columns of coverage_row that belong to a subject's number (number_of); {} where it has none."""
     name = NUMBERS[spec.task]
-    if number is None or name not in intervals:
+    if number is None:
         return {}
     value, spread, truth = number
     low, high = quality.number_interval(value, spread, intervals[name], lowest=0)
@@ -191,7 +193,8 @@ def number_row(number, spec, intervals):
 
 def number_record(subject, pred, std, spec, intervals):
     """What a prediction.json says of a subject's number: {name: {value, low_90, high_90}}, {} where it has none."""
-    number, name = number_of(subject, pred, std, spec), NUMBERS[spec.task]
+    name = NUMBERS[spec.task]
+    number = number_of(subject, pred, std, spec) if name in intervals else None
     if not (row := number_row(number, spec, intervals)):
         return {}
     limits = dict(value=number[0], low_90=row[f'{name}_low'], high_90=row[f'{name}_high'])

@@ -329,7 +329,8 @@ def known_intervals(cfg, model, record):
 
     for folder in (Path('result') / cfg.exp, checkpoint_path(cfg, model.stage).parent):
         same = way(settings_of(folder / 'inference.json')) == way(json.loads(json.dumps(record)))
-        if found := same and json.loads((folder / 'inference.json').read_text()).get('intervals'):
+        found = json.loads((folder / 'inference.json').read_text()).get('intervals') if same else None
+        if found and all('half' in found.get(name, ()) for name in model.prep['target_names']):  # of this version
             return found
     return {}
 
@@ -368,9 +369,8 @@ def main():
         infer_file(cfg, run, model, spec)
         return
     errors = infer_split(cfg, run, model, spec, folder)
-    if errors and run.main:
-        print('\n'.join(errors))
     if errors:
+        print(*errors if run.main else (), sep='\n', end='\n' * run.main)
         total = len(dataset.read_split(cfg.data_info, cfg.split))
         raise utils.RunError(f'{len(errors)} of {total} subjects could not be translated (listed above); '
                              'all others are done')

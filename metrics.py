@@ -28,6 +28,7 @@ LESION_COLUMNS = ['lesion_mae', 'lesion_contrast_error', 'adc_lesion_bias', 'les
                   'lesion_dice_ceiling', 'lesion_ml', 'lesion_avd_ml', 'lesion_detected', 'false_lesion_ml',
                   'lesion_rim_mae']
 NOT_SUMMARISED = ('ID', 'qc', 'status_pred', 'label_probability', 'num_steps', 'samples', 'ms_ssim_scales', 'seconds')
+UNTESTED = ('_coverage_', '_width_', '_covered')              # neither more nor less of these is better
 SIGNED = ('adc_lesion_bias', 'suvr_error')                    # the summary gives |.| of these a line of its own
 
 
@@ -235,8 +236,7 @@ def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physic
       lesion_detected        1 if what the lesion rule finds on the prediction overlaps the lesion, else 0: sensitivity
       lesion_rim_mae         like lesion_mae, within 6 mm around the lesion, outside it, in the mask
     ctp2dwi, defined for a subject without lesion (an empty lesion), too:
-      lesion_dice            of the lesion rule on the prediction with the lesion; as in ISLES both empty counts 1 and a
-                             false lesion in a healthy brain 0
+      lesion_dice            of the lesion rule on the prediction with the lesion; both empty counts 1, one empty 0
       lesion_dice_ceiling    the same of the rule on the real images: what a perfect prediction would score
       lesion_dice_2ml        lesion_dice where the lesion is larger than 2 ml, else undefined
       lesion_ml              volume of the lesion
@@ -245,7 +245,7 @@ def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physic
     mri2pet:
       suvr_true, suvr_pred   mean SUVR in the composite (of the first target)
       suvr_error             suvr_pred - suvr_true, signed
-    With lesion None all of the last three groups are nan. The lesion is cut to the mask. Raises MetricError.
+    With lesion None the last three groups are nan. The lesion is cut to the mask. Raises MetricError.
     """
     pred, truth, mask, lesion = _prepare(pred, truth, mask, lesion, ranges)
     axis = axis if task == 'ctp2dwi' else None
@@ -309,9 +309,9 @@ def summarise(rows, baselines, seed):
     rows: one line a subject, with the column ID; baselines: dict name -> such a table. A baseline is read for the
     subjects of `rows` only. Returns columns metric, n (subjects for whom the model's figure is defined), mean, ci_low,
     ci_high, and per baseline <name>_mean, <name>_ci_low, <name>_ci_high, <name>_p, <name>_p_holm: two-sided Wilcoxon
-    signed-rank test of model against baseline on the subjects that have both (nan if no pair differs), corrected after
-    Holm over all tests of the table. Signed columns are followed by a line <column>_abs: |.| per subject, from which
-    "better" should be read.
+    signed-rank test of model against baseline on the subjects that have both (nan if no pair differs, and of intervals'
+    columns, UNTESTED), corrected after Holm over all tests of the table. Signed columns are followed by a line
+    <column>_abs: |.| per subject, from which "better" should be read.
     """
     rows = _numbers(rows)
     others = {name: _numbers(table).reindex(rows.index) for name, table in baselines.items()}
@@ -321,8 +321,8 @@ def summarise(rows, baselines, seed):
         line = {'metric': metric, 'n': int(np.isfinite(x).sum()), **_mean_and_ci(x, '', seed)}
         for name, table in others.items():
             y = table[metric].to_numpy() if metric in table else np.full(len(x), np.nan)
-            difference = np.round(x - y, 9)  # ties stay ties
-            difference = difference[np.isfinite(difference) & (difference != 0)]
+            difference = np.round(x - y, 9) if not any(part in metric for part in UNTESTED) else np.nan * x
+            difference = difference[np.isfinite(difference) & (difference != 0)]  # rounded: ties stay ties
             line.update(_mean_and_ci(y, f'{name}_', seed))
             line[f'{name}_p'] = float(stats.wilcoxon(difference).pvalue) if len(difference) else np.nan
             line[f'{name}_p_holm'] = np.nan
@@ -341,8 +341,8 @@ def _numbers(table):
     if table.index.has_duplicates:
         twice = table.index[table.index.duplicated()][0]
         raise MetricError(f'subject {twice} has two lines in a table that is to be summarised.')
-    left_out = [c for c in table if c in NOT_SUMMARISED or c.endswith(('_low', '_high'))]
-    table = table.drop(columns=left_out).apply(pd.to_numeric).astype(np.float64)
+    table = table[[c for c in table if c not in NOT_SUMMARISED and not c.endswith(('_low', '_high'))]]
+    table = table.apply(pd.to_numeric).astype(np.float64)
     for column in SIGNED:
         if column in table:
             table.insert(table.columns.get_loc(column) + 1, f'{column}_abs', table[column].abs())

@@ -245,7 +245,7 @@ def draw_figures(spec, run, fig, faults):
     if series or head is not None:
         charts.draw_calibration(fig / 'calibration.png', series, None if head is None else head.to_numpy().T)
         figures.append((fig / 'calibration.png',
-                        'Share of brain voxels whose true value lies in the interval around the prediction, against '
+                        'Share of voxels whose true value lies in the interval around the prediction, against '
                         'the nominal share: mean over subjects, bars to the lowest and highest one. Below the line is '
                         'overconfident.' + ' Right: voxels of all subjects, by tenths of the probability that the '
                         'lesion head gives.' * (head is not None)))

@@ -40,10 +40,11 @@ def interval_fit(pred, std, truth, mask, q=(0.5, 0.9), limits=None, per_subject=
 
     The voxels are sorted by std into groups: the lower half, half of the rest, and so on while there are GROUP of them,
     so that the few of large std, around a doubtful lesion, are groups of their own. h_q of a group is the q quantile of
-    its |error|: a fraction q is covered there, not only in the mean over the brain (split conformal prediction by
-    groups). Over the groups h_q is made to rise (isotonic regression), and it is linear between their mean std. Where
-    std is the same everywhere h_q is one number. Returns {'q': [...], 'std': [...], 'half': one list like std for each
-    q}.
+    its |error|: about a fraction q is covered there, not only in the mean over the brain. (About: the voxels of a group
+    may come from few subjects, and those of a subject err together. Of a region chosen by the truth, as the lesion, no
+    share is promised.) Over the groups h_q is made to rise (isotonic regression), and it is linear between their mean
+    std. Where std is the same everywhere h_q is one number. Returns {'q': [...], 'std': [...], 'half': one list like
+    std for each q}.
     """
     errors, spreads, weights = [], [], []
     for p, s, t, m in zip(pred, std, truth, mask, strict=True):
@@ -58,10 +59,13 @@ def interval_fit(pred, std, truth, mask, q=(0.5, 0.9), limits=None, per_subject=
         raise QualityError('intervals need at least one validation subject with a brain mask that is not empty.')
     order = np.argsort(np.concatenate(spreads), kind='stable')
     error, spread, weight = (np.concatenate(x)[order] for x in (errors, spreads, weights))
-    starts = [0]
-    while len(spread) - starts[-1] >= 2 * GROUP:
-        starts.append((starts[-1] + len(spread)) // 2)
-    starts = sorted(set(np.searchsorted(spread, spread[starts]).tolist()))  # what is equal stays together
+    starts, start = [0], 0
+    while len(spread) - start >= 2 * GROUP:
+        start = (start + len(spread)) // 2
+        ends = [int(np.searchsorted(spread, spread[start], side)) for side in ('left', 'right')]
+        near = min(ends, key=lambda end, at=start: abs(end - at))  # what is equal stays together
+        if min(near - starts[-1], len(spread) - near) >= GROUP:
+            starts.append(near)
     groups = [slice(i, j) for i, j in zip(starts, [*starts[1:], len(spread)], strict=True)]
     share = [weight[g].sum() for g in groups]
     half = [[_quantile(error[g], weight[g], level) for g in groups] for level in q]
@@ -101,14 +105,28 @@ def number_fit(numbers, q=(0.5, 0.9)):
     """
     Fit the intervals of one number a subject, value +- k_q sqrt(spread^2 + s_0^2), on validation subjects.
 
-    numbers: (value, spread, truth) of each. s_0 is the value of highest likelihood of errors ~ N(0, c^2 (spread^2 +
-    s_0^2)) with c free. k_q is the ceil((n + 1) q)-th smallest of the n scores |truth - value| / sqrt(spread^2 +
-    s_0^2), so that a further subject's number is covered with probability q (split conformal prediction; but for s_0,
-    which has seen these scores). A level for which n is too small is left out: 0.9 needs 9 subjects. Returns {'s_0':
-    float, 'q': [...], 'k': [...]}.
+    numbers: (value, spread, truth) of each. s_0 is the value of highest likelihood of errors ~ N(0, c^2
+    (spread^2 + s_0^2)) with c free. k_q is the ceil((n + 1) q)-th smallest of the n scores |truth - value| /
+    sqrt(spread^2 + s_0^2), for each subject with the s_0 of the others, at one mean square of these roots: a further
+    subject's number is covered with probability q, about (split conformal prediction, but for s_0, and for the
+    checkpoint, chosen on the same subjects). A level for which n is too small is left out: 0.9 needs 9 subjects.
+    Returns {'s_0': float, 'q': [...], 'k': [...]}.
     """
     value, spread, truth = np.asarray(numbers, np.float64).reshape(-1, 3).T
-    error = np.abs(truth - value)
+    error, others = np.abs(truth - value), ~np.eye(len(value), dtype=bool)
+    s_0, size = _number_floor(error, spread)
+    scores = []
+    for e, s, rest in zip(error, spread, others if len(error) > 1 else ~others, strict=True):
+        floor, theirs = _number_floor(error[rest], spread[rest])
+        scores.append(e / np.hypot(s, floor) * theirs / size)
+    scores = np.sort(scores)
+    ranks = {float(level): int(np.ceil((len(scores) + 1) * level - 1e-9)) for level in q}
+    ranks = {level: rank for level, rank in ranks.items() if rank <= len(scores)}
+    return {'s_0': s_0, 'q': list(ranks), 'k': [float(scores[rank - 1]) for rank in ranks.values()]}
+
+
+def _number_floor(error, spread):
+    """s_0 of number_fit, and the root mean square of sqrt(spread^2 + s_0^2)."""
     s_0 = rms = max(float(np.sqrt(np.mean(error ** 2))), 1e-12)
     if spread.max() > 0:
         def cost(log_s):
@@ -116,10 +134,7 @@ def number_fit(numbers, q=(0.5, 0.9)):
             return np.log(np.mean(error ** 2 / total) + 1e-300) + np.mean(np.log(total))
         top = np.log(max(rms, spread.max()))
         s_0 = float(np.exp(optimize.minimize_scalar(cost, bounds=(np.log(rms) - 7, top + 3), method='bounded').x))
-    scores = np.sort(error / np.hypot(spread, s_0))
-    ranks = {float(level): int(np.ceil((len(scores) + 1) * level - 1e-9)) for level in q}
-    ranks = {level: rank for level, rank in ranks.items() if rank <= len(scores)}
-    return {'s_0': s_0, 'q': list(ranks), 'k': [float(scores[rank - 1]) for rank in ranks.values()]}
+    return s_0, float(np.sqrt(np.mean(spread ** 2 + s_0 ** 2)))
 
 
 def number_interval(value, spread, fit, q=0.9, lowest=-np.inf):

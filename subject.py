@@ -139,16 +139,17 @@ class Subject:
         return int(np.flatnonzero(nib.io_orientation(self.affine)[:, 0] == 2)[0])
 
     def to_native(self, pred):
-        """pred (N, K, *S) in [-1, 1] -> dict target -> (X, Y, Z) float32 on the native grid, 0 outside the mask.
-
-        In physical units, clipped to the scaling range: 'median' gives multiples of the median, 'quantile' 0..1.
-        """
-        images = pred[:, :len(self.spec.target_names)]  # without a lesion head's probability
-        pred, mask = (_as_volume(x, self.spec.spatial_dims) for x in (images, self.mask))
-        native, share = grids.onto_inside(pred, mask[0] > 0.5, self.grid[1], self.affine, self.shape)
-        grids.fill_nearest(native, share[0] > 0.01, self.native_mask)  # the mask's rim, rounded away on a coarser grid
+        """pred (N, K, *S) in [-1, 1] -> dict target -> (X, Y, Z) float32 on the native grid, 0 outside the mask, in
+        physical units, clipped to the scaling range: 'median' gives multiples of the median, 'quantile' 0..1."""
+        native = self.moved(pred[:, :len(self.spec.target_names)])  # without a lesion head's probability
         return {name: np.where(self.native_mask, vol.unscale(image, self.spec.scaling[name]), np.float32(0))
                 for name, image in zip(self.spec.target_names, native, strict=True)}
+
+    def moved(self, array):
+        """array (N, C, *S) -> (C, X, Y, Z) on the native grid, from what lies in the mask alone."""
+        array, mask = (_as_volume(x, self.spec.spatial_dims) for x in (array, self.mask))
+        native, share = grids.onto_inside(array, mask[0] > 0.5, self.grid[1], self.affine, self.shape)
+        return grids.fill_nearest(native, share[0] > 0.01, self.native_mask)  # its rim, rounded away on a coarser grid
 
     def to_native_raw(self, array):
         """array (N, C, *S) -> (X, Y, Z), or (X, Y, Z, C) if C > 1: geometry only."""
@@ -334,8 +335,7 @@ def _read_files(spec, id, files, with_truth, fault, report):
                 raise DataError(f'{path} is missing; correct the path.')
             volume = vol.read_volume(path)
             check.dimensions(volume, bool(spec.frames) if name == 'source' else None)
-            factor = spec.unit_scale.get(name, 1)
-            if factor != 1:
+            if (factor := spec.unit_scale.get(name, 1)) != 1:
                 volume.array *= np.float32(factor)
             if report is not None:
                 report['volumes'][name] = check.facts(volume, spec.frame_interval)

@@ -47,6 +47,12 @@ class Model:
         return (pred, None, None, None) if how.get('apart') else (pred, None) if how.get('logit') else pred
 
     @property
+    def lesion_head(self):
+        """Whether predictions have the probability of a lesion as a further channel."""
+        net = self.regression or self.detail
+        return net is not None and net.args['lesion_head']
+
+    @property
     def prior(self):
         """The label head's LabelPrior, or None without one."""
         net = self.regression or self.detail
@@ -194,22 +200,24 @@ def translate(run, model, source, key, how, label=None, mask=None):
     With a lesion head pred has one channel more: the probability of a lesion, 0..1.
 
     All slices start from the same noise, keyed by `key` = subject ID. how.samples latents are averaged before decoding.
-    std^2 = (the variance of the decoded samples) + (what the heads doubt)^2, see `doubt`; None without samples and
-    heads. how.mirror: all of it once more for the mirrored source, and the mean of both. label: class number, or None
-    for unknown. mask (N, 1, *S): the brain, for how.trim; None: source > -1. ValueError if one_step is asked of an eps
-    network.
+    how.mirror: all of it once more for the mirrored source, and the mean of both images. std^2 = (what the heads
+    doubt)^2, see `doubt`, the mean of both + (half the difference of both images)^2 + the variance of the decoded
+    samples; None without heads, mirroring and samples. label: class number, or None for unknown. mask (N, 1, *S): the
+    brain, for how.trim; None: source > -1. ValueError if one_step is asked of an eps network.
     """
     source = torch.from_numpy(np.ascontiguousarray(source))
     mask = (source > -1).any(1, keepdim=True).numpy() if mask is None else mask
     images, doubts = _translate_view(run, model, source, mask, key, how, label)
+    variance = [] if doubts is None else [doubts ** 2]
     if how.mirror:
         other, theirs = _translate_view(run, model, source.flip(2), mask[:, :, ::-1], key, how, label)
+        variance = [] if doubts is None else [(doubts ** 2 + theirs.flip(2) ** 2) / 2]
+        variance.append((images[0] - other[0].flip(2)) ** 2 / 4)
         images = (images + other.flip(3)) / 2
-        doubts = None if doubts is None else (doubts + theirs.flip(2)) / 2
     if len(images) > 1:
-        spread = images[1:].std(0)
-        doubts = spread if doubts is None else torch.hypot(spread[:, :doubts.shape[1]], doubts)
-    return images[0].numpy(), None if doubts is None else doubts.numpy()
+        variance.append(images[1:].var(0))
+    targets = images.shape[2] - model.lesion_head  # not the probability
+    return images[0].numpy(), sum(v[:, :targets] for v in variance).sqrt().numpy() if variance else None
 
 
 def _translate_view(run, model, source, mask, key, how, label):

@@ -284,6 +284,16 @@ def tables(n=30):
     return model, other
 
 
+def test_what_intervals_hold_is_not_tested_against_others():
+    rng = np.random.default_rng(0)
+    mine, theirs = (pd.DataFrame(dict(ID=range(12), dwi_mae=rng.random(12), dwi_lesion_coverage_90=rng.random(12),
+                                      lesion_head_ml_low=0.0, lesion_head_ml_covered=1.0)) for _ in range(2))
+    table = metrics.summarise(mine, dict(other=theirs), 0).set_index('metric')
+    assert list(table.index) == ['dwi_mae', 'dwi_lesion_coverage_90', 'lesion_head_ml_covered']
+    assert np.isfinite(table['other_mean']).all() and list(np.isfinite(table['other_p'])) == [True, False, False]
+    assert table['other_p_holm']['dwi_mae'] == table['other_p']['dwi_mae']  # one test only
+
+
 def test_bootstrap_interval_agrees_with_scipy():
     x = np.random.default_rng(4).gamma(2, 1, 40)
     low, high = metrics.bootstrap_ci(x, seed=0)

@@ -56,6 +56,9 @@ def test_intervals_are_right_where_the_std_is_small_and_where_it_is_large():
     assert quality.interval_coverage(pred, std, truth, std == 1, fit)['coverage_90'] == pytest.approx(0.9, abs=0.05)
     half = quality.interval_fit([0 * std + (std < 1)], [std], [truth], [mask])['half'][1]
     assert half == sorted(half)  # what has the larger std never has the narrower interval
+    std.flat[:2500] = np.arange(2500) / 2500  # equal ones beside others: no group is smaller than GROUP
+    uneven = [x.ravel()[:9000] for x in (pred, np.where(std < 0.4, std, 0.5), truth, mask)]
+    assert quality.interval_fit(*[[x] for x in uneven])['std'][-1] == 0.5
     few = quality.interval_fit(*[[x.ravel()[:999]] for x in (pred, std, truth, mask)])
     assert len(few['std']) == 1  # fewer voxels than two groups
 
@@ -78,6 +81,7 @@ def test_intervals_of_one_number_cover_new_subjects():
     assert fit['q'] == [0.5]
     with pytest.raises(quality.QualityError, match='no interval was fitted at level 0.9'):
         quality.number_interval(1.0, 1.0, fit)
+    assert quality.number_fit(numbers[:1])['q'] == [0.5]
     assert quality.number_interval(1.0, 50.0, quality.number_fit(numbers), lowest=0)[0] == 0
 
 

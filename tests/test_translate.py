@@ -50,7 +50,7 @@ def test_the_mean_with_the_mirrored_source_is_symmetric(dims, kind, samples):
     plain, mirrored = images(False)
     assert not np.allclose(plain[0][:, :, ::-1], mirrored[0], atol=1e-2)
     assert np.allclose(images(True)[0][0], (plain[0] + mirrored[0][:, :, ::-1]) / 2, atol=1e-4)
-    assert (plain[1] is None) == (samples == 1 and kind != 'head')
+    assert (plain[1] is None) == (samples == 1 and kind != 'head') and images(True)[0][1] is not None
     assert plain[0].shape[1] == 2 + (kind == 'head')  # the probability of a lesion as a further channel
     if kind == 'head':
         assert 0 <= plain[0][:, 2].min() < plain[0][:, 2].max() <= 1
@@ -167,6 +167,23 @@ def test_doubt_is_how_far_a_truth_drawn_by_the_heads_lies_from_the_image():
     torch.testing.assert_close(spread, expected.sqrt(), rtol=1e-4, atol=1e-5)
 
 
+def test_views_that_disagree_are_in_doubt():
+    """Two views that are each sure, of a lesion and of none: the mean of both images is as far from either truth."""
+    net, run, source = model(2, 'head'), utils.Run('cpu', 'fp32'), np.zeros((2, 3, 16, 8), np.float32)
+    source[:, :, :8] = 1  # told apart from its mirror image by the left half
+
+    def sure(source, shares, apart, chances):
+        sign = torch.where(source[:, :1, :1] > 0, 10.0, -10.0).expand(-1, 1, 16, 8)
+        return torch.zeros(len(source), 2, 16, 8), torch.full((len(source), 2, 16, 8), 0.5), sign, None
+    sure.prior, sure.args = None, dict(lesion_head=True)
+    net.regression = sure
+    pred, std = translate(run, net, source, 'sub', Sampling(mirror=True))
+    assert std.shape == (2, 2, 16, 8)
+    np.testing.assert_allclose(pred[:, :2], 0.25, atol=1e-3)
+    np.testing.assert_allclose(std, 0.25, atol=1e-3)
+    assert translate(run, net, source, 'sub', Sampling())[1].max() < 0.01
+
+
 def test_a_known_label_leaves_no_doubt():
     net, run = model(3, 'latent'), utils.Run('cpu', 'fp32')
     torch.manual_seed(0)
@@ -174,7 +191,7 @@ def test_a_known_label_leaves_no_doubt():
     for p in net.regression.parameters():
         p.data = torch.randn_like(p) * 0.1
     source = np.random.default_rng(0).normal(size=(1, 3, 16, 8, 8)).astype(np.float32)
-    std = {label: translate(run, net, source, 'sub', Sampling(mirror=True), label)[1] for label in (None, 0, 1)}
+    std = {label: translate(run, net, source, 'sub', Sampling(), label)[1] for label in (None, 0, 1)}
     assert std[None].shape == (1, 2, 16, 8, 8) and std[None].mean() > 1e-3
     assert np.abs(std[0]).max() < 1e-6 and np.abs(std[1]).max() < 1e-6
 
