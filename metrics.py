@@ -233,7 +233,7 @@ def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physic
       lesion_mae             mean over targets of the same, each scaled to 0..1
       lesion_contrast_error  |c_pred - c_true|, c = mean DWI in the lesion / mean DWI in the rest of the mask
       adc_lesion_bias        mean (pred - true) ADC in the lesion, signed, 1e-6 mm^2/s
-      lesion_detected        1 if what the lesion rule finds on the prediction overlaps the lesion, else 0: sensitivity
+      lesion_detected        1 if what the rule finds on the prediction overlaps the lesion, else 0; mean: sensitivity
       lesion_rim_mae         like lesion_mae, within 6 mm around the lesion, outside it, in the mask
     ctp2dwi, defined for a subject without lesion (an empty lesion), too:
       lesion_dice            of the lesion rule on the prediction with the lesion; both empty counts 1, one empty 0

@@ -327,9 +327,8 @@ class PixelUNet(nn.Module):
         pred, *more = self.out(x).split(self.parts, dim=1)
         change, lesion_logit = more[:2] if self.args['lesion_head'] else (None, None)
         changes = more[len(more) + 1 - self.args['classes']:] if self.args['classes'] else []  # of classes 1, 2 ..
-        if changes:
-            mixed = sum(_times(shares[:, c], x) for c, x in enumerate(changes, start=1))
-            pred = pred + mixed
+        mixed = sum(_times(shares[:, c], x) for c, x in enumerate(changes, start=1))
+        pred = pred + mixed if changes else pred
         if image is not None:
             pred = pred + self.share.view(-1, *[1] * (image.ndim - 2)) * image
         if apart:

@@ -158,7 +158,8 @@ def source_images(subject):
 def make_windows(cases, spec):
     """
     One display range a target for all subjects, true and synthetic: from the range's start to the 96 % quantile in the
-    true brains, or the 90 % quantile in the lesions if that is more. Error: to the 99 % quantile of |synthetic - true|.
+    true brains, or the 90 % quantile in the lesions if that is more. Error: to the 99 % quantile of |synthetic - true|,
+    std: to the 99.8 % quantile, since few voxels are in doubt.
     """
     windows = montage.Windows({}, {}, {})
     for target in spec.target_names:
@@ -172,7 +173,7 @@ def make_windows(cases, spec):
         windows.value[target] = lo, high if high > lo else hi
         errors = [np.abs(case.pred[target] - case.truth[target])[case.mask] for case in cases if case.truth]
         stds = [case.std[target][case.mask] for case in cases if target in case.std]
-        for limits, values, share in ((windows.error, errors, 0.99), (windows.std, stds, 0.998)):  # few are in doubt
+        for limits, values, share in ((windows.error, errors, 0.99), (windows.std, stds, 0.998)):
             top = np.quantile(np.concatenate(values), share) if values else 1
             limits[target] = float(f'{max(top, 1e-3 * (hi - lo)):.2g}')
     return windows
@@ -234,7 +235,8 @@ def draw_figures(spec, run, fig, faults):
         columns = ['lesion_ml', 'lesion_head_ml', 'lesion_head_ml_low', 'lesion_head_ml_high']
         head = None if run.test is None or not set(columns) <= set(run.test) else run.test[columns]
         charts.draw_stroke_scatter(path, facts, head)
-        figures.append((path, f'One point a test subject; the grey line is identity. {RULE}'))
+        bars = ' Bars: 90 % intervals.' * (head is not None)
+        figures.append((path, f'One point a test subject; the grey line is identity.{bars} {RULE}'))
     if run.test is not None and {'suvr_true', 'suvr_pred'} <= set(run.test):
         known = run.test.dropna(subset=['suvr_true', 'suvr_pred'])
         if len(known):
