@@ -117,6 +117,22 @@ class Cohort(torch.utils.data.Dataset):
         count = min(at_most, len(self), max(2, 2 ** 29 // each))
         return self.__getitems__(np.linspace(0, len(self) - 1, count).astype(int))
 
+    def mean_image(self):
+        """The subjects' mean target: {'image': (N, K, *S) float32, 'centre': the slice at the brain's middle}.
+
+        Slices of different subjects are matched by their distance from the middle one. A baseline that every model
+        must beat.
+        """
+        lengths = np.diff([0, *self.ends])
+        centre = int(max((n - 1) // 2 for n in lengths))
+        total = torch.zeros(centre + int(max(n - (n - 1) // 2 for n in lengths)), self.target_channels, *self.size)
+        count = torch.zeros(len(total))
+        for j, n in enumerate(lengths):
+            first = centre - (n - 1) // 2
+            total[first:first + n] += self.subject_items(j)['target']
+            count[first:first + n] += 1
+        return dict(image=total / count.clamp(min=1).view(-1, *[1] * (total.ndim - 1)), centre=centre)
+
     def __getitem__(self, i):
         return {name: value[0] for name, value in self.__getitems__([i]).items()}
 

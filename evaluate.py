@@ -165,11 +165,14 @@ def coverage_row(subject, pred, std, spec, intervals, image, truth):
 
       <t>_coverage_<100 q>, <t>_width_<100 q>   share of the mask's voxels inside, mean half width
       <t>_lesion_coverage_<100 q>, _width_      the same in the lesion (amyloid: in the composite); nan without one
+      <t>_rim_coverage_<100 q>, _width_         stroke: the same within 6 mm of the lesion
       <number>_low, <number>_high               the 90 % interval of the subject's number (NUMBERS)
       <number>_covered                          whether its truth lies inside, 0 or 1
     """
     row, spread, mask, lesion = {}, std_maps(subject, std, spec), subject.known_mask(), subject.native_lesion
     regions = {'': mask} if lesion is None else {'': mask, 'lesion_': lesion & mask}
+    if lesion is not None and spec.task == 'ctp2dwi':
+        regions['rim_'] = metrics.lesion_rim(lesion & mask, mask, subject.spacing)
     for name in [name for name in spec.target_names if name in intervals]:
         for region, where in regions.items():
             coverage = quality.interval_coverage(image[name], spread[name], truth[name], where, intervals[name],

@@ -121,6 +121,8 @@ class Experiment:
     def missing(self):
         """One line for each part that is not there."""
         stages = [stage for stage in STAGES[:3] if self.settings.get(f'{stage}_steps') != 0]
+        if set(self.losses) == {'regression'}:  # a U-Net on the image grid, alone
+            stages = []
         if self.settings.get('init_from'):
             stages = stages[-1:]  # the earlier ones are in that experiment
         stages = [stage for stage in stages if stage not in self.losses]

@@ -83,13 +83,12 @@ def write_prediction(folder, subject, pred, std, spec, record):
 def prediction_record(cfg, model, spec):
     """What a prediction.json says: checkpoint, sampler, seed, label mode, units, how files became arrays."""
     units = {name: volume.unit_of(name, spec.scaling[name]) for name in spec.targets}
-    nets = [net for net in (model.unet, model.aae.decoder, model.detail, model.regression) if net is not None]
-    return dict(checkpoint=model.origin, aae=fingerprint(model.aae),
-                weights=fingerprint(torch.nn.ModuleList(nets)), exp=cfg.exp, sampler=cfg.sampler,
-                num_steps=1 if cfg.sampler == 'one_step' else cfg.num_steps,
+    decoder, aae = (model.aae.decoder, fingerprint(model.aae)) if model.aae else (None, None)
+    nets = [net for net in (model.unet, decoder, model.detail, model.regression) if net is not None]
+    return dict(checkpoint=model.origin, aae=aae, weights=fingerprint(torch.nn.ModuleList(nets)), exp=cfg.exp,
+                sampler=cfg.sampler, num_steps=1 if cfg.sampler == 'one_step' else cfg.num_steps,
                 samples=cfg.samples, guidance=cfg.guidance, label=cfg.label, mirror=cfg.mirror, seed=cfg.seed,
-                lesion_odds=cfg.lesion_odds, lesion_core=cfg.lesion_core,
-                units=units, settings=spec.travel())
+                lesion_odds=cfg.lesion_odds, lesion_core=cfg.lesion_core, units=units, settings=spec.travel())
 
 
 def settings_of(path):
@@ -156,7 +155,7 @@ def infer_split(cfg, run, model, spec, folder):
             print(note)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record, f, indent=1), 'w')
     run.barrier()
-    fits = {} if cfg.only_model else fit_intervals(cfg, run, spec, predict) or known
+    fits = known if cfg.only_model else fit_intervals(cfg, run, spec, predict) or known
     if run.main:  # beside the settings they were fitted with, for the subjects to come
         fitted = record | dict(intervals=fits or known)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(fitted, f, indent=1), 'w')
@@ -234,16 +233,17 @@ def infer_split(cfg, run, model, spec, folder):
 def baselines(cfg, run, model, predict):
     """What the model is compared with on the same subjects: {name: predict}.
 
-    The training set's mean image and the autoencoder's reconstruction of the truth (the ceiling of all that goes
-    through it) are always there; the U-Net before stage 3 and the regression U-Net where they have been trained.
+    The training set's mean image, the autoencoder's reconstruction of the truth (the ceiling of all that goes through
+    it), the U-Net before stage 3 and the regression U-Net, where they have been trained.
     """
-    aae = load_model(cfg, run, 'aae').aae
+    aae = load_model(cfg, run, 'aae').aae if model.aae else None  # not the decoder that stage 3 tuned
 
     def reconstruct(subject):
         batches = grid.batches(subject.mask, cfg.eval_batch, subject.spec.trim)
         return utils.in_batches(run, aae, batches, subject.target), None
 
-    found = dict(mean=lambda subject: (mean_prediction(model.mean_image, subject), None), aae=reconstruct)
+    found = dict(mean=lambda subject: (mean_prediction(model.mean_image, subject), None)) if model.mean_image else {}
+    found |= dict(aae=reconstruct) if aae else {}
     others = ['unet'] if model.stage == 'post' else []
     if model.stage != 'regression' and checkpoint_path(cfg, 'regression').exists():
         others.append('regression')
@@ -343,16 +343,16 @@ def of_these_files(cfg):
 
 
 def main():
-    which = 'which model: auto (post if there, else unet), post, unet or regression'
-    cfg = config.load(__doc__, extra={'stage': ('auto', which), 'only_model': (False, 'no baselines, no intervals'),
-                                      'compare': ('', 'other experiments, NAME,NAME: their figures beside this one')})
+    which = 'which model: auto (the first that is there), post, unet or regression'
+    cfg = config.load(__doc__, extra=dict(
+        stage=('auto', which), only_model=(False, 'no baselines, no intervals but earlier ones'),
+        compare=('', 'other experiments, NAME,NAME: their figures beside this one')))
     if cfg.stage not in ('auto', 'post', 'unet', 'regression'):
         raise config.SettingError(f"--stage '{cfg.stage}': {which}")
     if cfg.compare:
         compare(cfg)
         return
-    run = utils.Run(cfg.device, cfg.precision, training=False)
-    folder = Path('result') / cfg.exp
+    run, folder = utils.Run(cfg.device, cfg.precision, training=False), Path('result') / cfg.exp
     model = load_model(cfg, run, cfg.stage)
     if model.prep['task'] != cfg.task or set(model.prep['target_names']) != set(cfg.targets):
         used = settings_of(folder / 'config.json').get('preset', 'NAME')

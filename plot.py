@@ -45,11 +45,11 @@ def make_spec(cfg, folder, used=None):
     checkpoint says; paths from the settings."""
     own = folder / f'{utils.BEST["aae"]}.pth.tar'
     path = own if own.exists() or not cfg.init_from else Path('result') / cfg.init_from / own.name
-    prep = utils.load_checkpoint(path, 'aae')['prep'] if path.exists() else {}
+    prep = (utils.load_checkpoint(path, 'aae')['prep'] if path.exists() else {}) | (used or {})
     if prep.get('task', cfg.task) != cfg.task:
         raise utils.RunError(f'{folder} was trained for the task {prep["task"]}, but the settings are for {cfg.task}; '
                              'add the --preset of its training')
-    return dataset.Spec.from_settings(cfg, **prep | (used or {}))
+    return dataset.Spec.from_settings(cfg, **prep)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -44,7 +44,9 @@ MEANING = {
     'coverage_50': 'share of voxels in their 50 % interval', 'width_50': 'half its width, {unit}',
     'coverage_90': 'share of voxels in their 90 % interval', 'width_90': 'half its width, {unit}',
     'lesion_coverage_50': 'in the lesion or composite', 'lesion_width_50': 'half its width there, {unit}',
-    'lesion_coverage_90': 'in the lesion or composite', 'lesion_width_90': 'half its width there, {unit}'}
+    'lesion_coverage_90': 'in the lesion or composite', 'lesion_width_90': 'half its width there, {unit}',
+    'rim_coverage_50': 'within 6 mm of the lesion', 'rim_width_50': 'half its width there, {unit}',
+    'rim_coverage_90': 'within 6 mm of the lesion', 'rim_width_90': 'half its width there, {unit}'}
 MEANING_OF = {
     'lesion_mae': 'in the lesion, mean of DWI and ADC scaled 0 to 1',
     'lesion_contrast_error': '|difference| of DWI lesion / rest of the brain',

@@ -91,6 +91,8 @@ def perform(trial, seed):
                 keep(pd.read_csv(f'result/{exp}/monai_{Path(folder).name}.csv'), trial.file(seed, group))
             continue
         cpu += script(name, *data(trial.task, subjects=trial.subjects), *common, *more)
+    if trial.intervals:
+        script('infer.py', *data(trial.task), *common, *trial.infer.split(), '--split', 'validation')
     for group in trial.sets:
         if not trial.file(seed, group).exists():
             split, own = ('test', group) if group in (*SETS, *FEW) else (group, None)

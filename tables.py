@@ -10,14 +10,20 @@ import pandas as pd
 
 import metrics
 import status
-from trials import BOTH, BY_NAME, FEW, MORE, VALIDATION
+from trials import BOTH, BY_NAME, FEW, MORE, VALIDATION, WITH_FRESH
 from utils import write_atomic
 
 COLUMNS = {
     'stroke': dict(dwi_psnr='DWI PSNR, dB', adc_psnr='ADC PSNR, dB', dwi_ms_ssim='DWI MS-SSIM', lesion_mae='lesion MAE',
                    lesion_contrast_error='contrast error', lesion_dice_2ml='Dice above 2 ml',
                    lesion_detected='detected', false_lesion_ml='false lesion, ml', lesion_rim_mae='rim MAE'),
-    'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error', suvr_bias='SUVR bias')}
+    'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error', suvr_bias='SUVR bias'),
+    'stroke/intervals': dict(
+        dwi_psnr='DWI PSNR, dB', dwi_coverage_90='DWI', dwi_lesion_coverage_90='DWI, lesion',
+        dwi_rim_coverage_90='DWI, 6 mm around', dwi_width_90='DWI width', dwi_lesion_width_90='DWI width, lesion',
+        adc_coverage_90='ADC', adc_lesion_coverage_90='ADC, lesion', adc_rim_coverage_90='ADC, 6 mm around',
+        adc_width_90='ADC width', adc_lesion_width_90='ADC width, lesion',
+        lesion_head_ml_covered='lesion volume')}
 TEST = ('test',)
 TABLES = [  # title, the first line, the others, sets
     ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/start', 'stroke/start_odds_1'],
@@ -31,6 +37,8 @@ TABLES = [  # title, the first line, the others, sets
     ('How much to believe in a lesion', 'stroke/ours', ['stroke/odds_1', 'stroke/odds_6', 'stroke/odds_12',
                                                         'stroke/everywhere', 'stroke/head_odds_1',
                                                         'stroke/head_odds_1_weight_05'], BOTH),
+    ('Share of voxels in their 90 % interval', 'stroke/intervals',
+     ['stroke/intervals_plain', 'stroke/intervals_one_width'], WITH_FRESH),
     ('Loss, weights, decoder, without detail branch', 'stroke/no_detail',
      ['stroke/no_detail_weight_0', 'stroke/no_detail_weight_2', 'stroke/lapt_loss', 'stroke/frozen_decoder'], TEST),
     ('Recipes, stroke, one seed', 'stroke/ours',
@@ -76,6 +84,11 @@ CURVES = {'ours: lesion_odds 1, 6, 8, 12': ('stroke/odds_1', 'stroke/odds_6', 's
           "without detail branch, LAPT's loss": ('stroke/lapt_loss',),
           'regression U-Net: w_lesion 0, 0.3': ('stroke/plain_boxed', 'stroke/regression_boxed'),
           'regression U-Net with our lesion head and odds': ('stroke/head_boxed',)}
+
+
+def columns_of(name):
+    """column of test.csv -> its heading, of the tables whose first line is this trial."""
+    return COLUMNS.get(name) or COLUMNS[BY_NAME[name].task]
 
 
 def files(trial, group):
@@ -135,10 +148,11 @@ def compared(reference, others, group):
     same = set.intersection(*(set(table['ID']) for table in lines.values()))
 
     def of_same(table):
-        return table[table['ID'].isin(same)].reset_index(drop=True)
+        return table[table['ID'].isin(same)].reset_index(drop=True).reindex(columns=['ID', *columns])
 
+    columns, moved = list(columns_of(reference)), {}
     lines = {name: of_same(table) for name, table in lines.items()}
-    columns, base, moved = list(COLUMNS[BY_NAME[reference].task]), lines[reference], {}
+    base = lines[reference]
     for name, common in shared.items():  # the first line + (this one - the first line's same seeds)
         theirs, own = (of_same(subjects(BY_NAME[n], group, common)) for n in (name, reference))
         moved[name] = base[['ID']].assign(**{c: base[c] + (theirs[c] - own[c]) for c in columns})
@@ -152,7 +166,7 @@ def table_lines(title, reference, others, group):
     if not lines:
         return []
     task = BY_NAME[reference].task
-    columns, extra = COLUMNS[task], ['AUC'] if task == 'amyloid' else []
+    columns, extra = columns_of(reference), ['AUC'] if task == 'amyloid' else []
     text = [f'**{title}**, {len(lines[reference])} subjects of the set "{group}"', '',
             '| | seeds | CPU s | ' + ' | '.join([*columns.values(), *extra]) + ' |',
             '| --- |' + ' --- |' * (2 + len(columns) + len(extra))]
@@ -160,6 +174,9 @@ def table_lines(title, reference, others, group):
         cells = []
         for column in columns:
             values = table[column].dropna().to_numpy()
+            if not len(values):
+                cells.append('')
+                continue
             low, high = metrics.bootstrap_ci(values, 0)
             below = p_holm.get((column, name), 1) < 0.05
             star = '*' if below and differs_in_each_seed(reference, name, group, column) else ''

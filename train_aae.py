@@ -8,7 +8,6 @@ torchrun --nproc_per_node=4 train_aae.py   several GPUs; run any of these again 
 
 from dataclasses import replace
 
-import numpy as np
 import pandas as pd
 import torch
 
@@ -64,23 +63,6 @@ def validate(run, aae, spec, ids, batch_size):
     return pd.DataFrame(run.gather(rows)).mean().to_dict()
 
 
-def mean_image(cohort):
-    """The training set's mean target: {'image': (N, K, *S) float32, 'centre': the slice at the brain's middle}.
-
-    Slices of different subjects are matched by their distance from the middle one. A baseline that every model must
-    beat.
-    """
-    lengths = np.diff([0, *cohort.ends])
-    centre = int(max((n - 1) // 2 for n in lengths))
-    total = torch.zeros(centre + int(max(n - (n - 1) // 2 for n in lengths)), cohort.target_channels, *cohort.size)
-    count = torch.zeros(len(total))
-    for j, n in enumerate(lengths):
-        first = centre - (n - 1) // 2
-        total[first:first + n] += cohort.subject_items(j)['target']
-        count[first:first + n] += 1
-    return dict(image=total / count.clamp(min=1).view(-1, *[1] * (total.ndim - 1)), centre=centre)
-
-
 def main():
     cfg = config.load(__doc__, extra={'restart': (False, 'begin anew, keep the old run aside')})
     run = utils.Run(cfg.device, cfg.precision)
@@ -103,7 +85,7 @@ def main():
     if not stage.resume(cfg.aae_steps, TERMS, metrics.QUICK, len(cohort),
                         aae=aae, disc=disc, opt=opt, disc_opt=disc_opt, ema=ema, scaler=run.scaler):
         return
-    mean_target = mean_image(cohort)
+    mean_image = cohort.mean_image()
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
                              cfg.shift)
 
@@ -114,7 +96,7 @@ def main():
             if stage.validated(step, row, score=row['psnr']):
                 if cfg.normalise_latents:
                     latent_statistics(run, ema.net, cohort, cfg.eval_batch)
-                stage.save_best(net=ema.net.state_dict(), args=aae.args, prep=spec.travel(), mean_image=mean_target)
+                stage.save_best(net=ema.net.state_dict(), args=aae.args, prep=spec.travel(), mean_image=mean_image)
         stage.save_if_due(step)
         if step == cfg.aae_steps:  # one extra round, so that the final weights are evaluated and saved
             break

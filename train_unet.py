@@ -129,6 +129,8 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
     if not stage.resume(cfg.regression_steps, terms, metrics.QUICK, len(cohort),
                         net=net, opt=opt, ema=ema, scaler=run.scaler):
         return
+    # With these its checkpoint is complete: infer.py --stage regression needs no other.
+    more = dict(qc=fit_quality(spec, cohort, validation_ids), mean_image=cohort.mean_image()) if run.main else {}
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
                              cfg.shift)
     trained, current = Model(None, regression=net), Model(None, regression=ema.net)
@@ -141,7 +143,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
         if stage.must_evaluate(step):
             row = validate(run, predict, spec, validation_ids)
             if stage.validated(step, row, score=row['psnr']):
-                stage.save_best(net=ema.net.state_dict(), args=net.args, prep=spec.travel())
+                stage.save_best(net=ema.net.state_dict(), args=net.args, prep=spec.travel(), **more)
         stage.save_if_due(step)
         if step == cfg.regression_steps:
             break

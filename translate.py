@@ -24,8 +24,8 @@ CORE_REACH = 6  # mm: how far from a voxel that is surely a lesion lesion_odds c
 
 @dataclass
 class Model:
-    """The networks of one experiment and what is needed to apply them; `detail` may be None."""
-    aae: AAE
+    """The networks of one experiment and what is needed to apply them; what it has not is None."""
+    aae: AAE = None
     unet: UNet = None
     diffusion: Diffusion = None
     detail: PixelUNet = None
@@ -140,13 +140,14 @@ def load_aae(cfg, run):
 
 
 def load_model(cfg, run, stage='auto'):
-    """The model of a stage: 'post', 'unet', 'regression', 'aae', or 'auto' (post if there, else unet). EMA weights.
+    """The model of a stage: 'post', 'unet', 'regression', 'aae', or 'auto': the first that is there. EMA weights.
 
-    RunError if a checkpoint is missing or belongs to another autoencoder.
+    The regression needs no autoencoder. RunError if a checkpoint is missing or belongs to another autoencoder.
     """
     if stage == 'auto':
-        stage = 'post' if checkpoint_path(cfg, 'post').exists() else 'unet'
-    model, aae = load_aae(cfg, run)
+        stage = next((s for s in ('post', 'unet', 'regression') if checkpoint_path(cfg, s).exists()), 'unet')
+    alone = stage == 'regression' and not checkpoint_path(cfg, 'aae').exists()
+    model = Model() if alone else load_aae(cfg, run)[0]
     if stage == 'aae':
         return model
     path = checkpoint_path(cfg, stage)
@@ -157,7 +158,7 @@ def load_model(cfg, run, stage='auto'):
 
 def _add_networks(cfg, run, model, stage, path, data):
     """The networks of a stage's checkpoint, beside the autoencoder they belong to."""
-    if data.get('aae') not in (None, fingerprint(model.aae)):
+    if data.get('aae') and data['aae'] != fingerprint(model.aae):
         raise utils.RunError(f"{path} was trained on another autoencoder (fingerprint {data['aae']}) than "
                              f"{checkpoint_path(cfg, 'aae')} holds ({fingerprint(model.aae)}); "
                              'run train_unet.py --restart, then post_train.py --restart')
@@ -169,6 +170,7 @@ def _add_networks(cfg, run, model, stage, path, data):
     model.stage, model.qc = stage, data.get('qc')
     model.origin = f"{utils.BEST[stage]} (EMA weights) at step {data['step']}"
     model.prep = OLDER | data['prep']
+    model.mean_image = model.mean_image or data.get('mean_image')
     if stage == 'regression':
         model.regression = run.place(PixelUNet(**data['args']))
         utils.load_weights(model.regression, data['net'], path)

@@ -25,6 +25,7 @@ class Trial:
     seeds: tuple = (0,)
     sets: tuple = ('test',)                         # of SETS or FEW, or 'validation': that of the training phantoms
     subjects: int = 0                               # the first so many training subjects; 0: all
+    intervals: bool = False                         # fitted on validation, judged on the sets
 
     task = property(lambda self: self.name.split('/')[0])
     label = property(lambda self: self.name.replace('/', '_'))
@@ -135,6 +136,12 @@ TRIALS = [
            f'{POST} {LAPT_LOSS} {PAPER_DDIM} --lambda_t linear --flip False --shift 0 --post_last_step_share 0 '
            '--tune_decoder False --detail_branch False --optimizer adam --post_steps 300 --post_lr 1e-4'), '',
           PAPER_DDIM),
+    Trial('stroke/intervals', 'ours, trained anew', ALL, seeds=THREE, sets=WITH_FRESH, intervals=True),
+    Trial('stroke/intervals_plain', 'regression U-Net, no lesion weight, 4300 steps: difference of the mirrored views',
+          (f'{BOXED} --lesion_head False --w_lesion 0',), infer='--stage regression', seeds=THREE, sets=WITH_FRESH,
+          intervals=True),
+    Trial('stroke/intervals_one_width', 'the same, not mirrored: one width', (), 'stroke/intervals_plain',
+          '--stage regression --mirror False', THREE, WITH_FRESH, intervals=True),
     Trial('stroke/monai', "MONAI's latent diffusion by its tutorial, 50 DDIM steps, equal time", (MONAI,), sets=BOTH),
 
     # Ours before the lesion head and at twice the regression's rate, and what was varied then.

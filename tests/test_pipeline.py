@@ -145,6 +145,32 @@ def test_the_control_and_the_regression_alone(trained):
         assert mine['ID'] == theirs['ID'] and float(mine[figure]) == pytest.approx(float(theirs[figure]), abs=1e-3)
 
 
+def test_a_regression_needs_no_other_stage(trained, capsys):
+    """Two commands, and it has images, doubt, intervals, tables and figures of its own."""
+    task, settings, _ = trained
+    words, folder = (*settings['words'], '--exp', 'no_other'), Path('result/no_other')
+    made_runs.call('train_unet', *words, '--regression', 'True', '--regression_steps', '2')
+    made_runs.call('infer', *words)                                   # auto: what there is
+    more = {'ctp2dwi': {'test_lesion_calibration.csv'}, 'mri2pet': {'test_status.csv'}}[task]
+    assert {path.name for path in folder.glob('test*.csv')} == {'test.csv', 'test_mean.csv', 'test_summary.csv'} | more
+    name = settings['targets'][0]
+    for row in table(folder / 'test.csv'):
+        assert row['qc'] and 0 <= float(row[f'{name}_coverage_90']) <= 1
+        assert nib.load(folder / 'pred' / row['ID'] / f'{name}_std.nii.gz').get_fdata().max() > 0
+    record = json.loads((folder / 'inference.json').read_text())
+    assert record['aae'] is None and record['checkpoint'].startswith('CHECKPOINT_regression')
+    id = ids('test')[0]
+    new = '--input', str(source(task, id)), '--input_mask', str(mask(task, id)), '--out', 'one'
+    made_runs.call('infer', *words, *new)
+    assert json.loads(Path('one/prediction.json').read_text())['intervals'] == record['intervals']
+    mine, theirs = (nib.load(place / f'{name}.nii.gz').get_fdata() for place in (Path('one'), folder / 'pred' / id))
+    np.testing.assert_allclose(mine, theirs, atol=1e-3 * np.ptp(theirs))
+    capsys.readouterr()
+    made_runs.call('plot', *words)
+    assert 'train_aae' not in capsys.readouterr().out and (folder / 'report.html').exists()
+    assert 'train_aae' not in (folder / 'report.html').read_text()
+
+
 def test_lesion_odds_are_chosen_in_inference(trained):
     """The README's settings: other images from the same networks, the same probability of a lesion."""
     task, settings, folder = trained
