@@ -10,7 +10,7 @@ import pandas as pd
 
 import metrics
 import status
-from trials import BOTH, BY_NAME, FEW, MORE, VALIDATION, WITH_FRESH
+from trials import BOTH, BY_NAME, FEW, MORE, VALIDATION
 from utils import write_atomic
 
 COLUMNS = {
@@ -18,12 +18,15 @@ COLUMNS = {
                    lesion_contrast_error='contrast error', lesion_dice_2ml='Dice above 2 ml',
                    lesion_detected='detected', false_lesion_ml='false lesion, ml', lesion_rim_mae='rim MAE'),
     'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error', suvr_bias='SUVR bias'),
-    'stroke/intervals': dict(
+    'stroke/anew': dict(
         dwi_psnr='DWI PSNR, dB', dwi_coverage_90='DWI', dwi_lesion_coverage_90='DWI, lesion',
         dwi_rim_coverage_90='DWI, 6 mm around', dwi_width_90='DWI width', dwi_lesion_width_90='DWI width, lesion',
         adc_coverage_90='ADC', adc_lesion_coverage_90='ADC, lesion', adc_rim_coverage_90='ADC, 6 mm around',
         adc_width_90='ADC width', adc_lesion_width_90='ADC width, lesion',
         lesion_head_ml_covered='lesion volume')}
+COLUMNS['amyloid/anew'] = COLUMNS['amyloid'] | dict(
+    suvr_coverage_90='in the 90 % interval', suvr_lesion_coverage_90='composite', suvr_width_90='width',
+    suvr_lesion_width_90='width, composite', suvr_pred_covered='composite SUVR')
 TEST = ('test',)
 TABLES = [  # title, the first line, the others, sets
     ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/start', 'stroke/start_odds_1'],
@@ -37,8 +40,8 @@ TABLES = [  # title, the first line, the others, sets
     ('How much to believe in a lesion', 'stroke/ours', ['stroke/odds_1', 'stroke/odds_6', 'stroke/odds_12',
                                                         'stroke/everywhere', 'stroke/head_odds_1',
                                                         'stroke/head_odds_1_weight_05'], BOTH),
-    ('Share of voxels in their 90 % interval', 'stroke/intervals',
-     ['stroke/intervals_plain', 'stroke/intervals_one_width'], WITH_FRESH),
+    ('Share of voxels in their 90 % interval, stroke', 'stroke/anew', ['stroke/anew_plain', 'stroke/anew_one_width'],
+     BOTH),
     ('Loss, weights, decoder, without detail branch', 'stroke/no_detail',
      ['stroke/no_detail_weight_0', 'stroke/no_detail_weight_2', 'stroke/lapt_loss', 'stroke/frozen_decoder'], TEST),
     ('Recipes, stroke, one seed', 'stroke/ours',
@@ -61,6 +64,7 @@ TABLES = [  # title, the first line, the others, sets
       'stroke/plain_lr_2e3'], VALIDATION),
     ('Recipes, amyloid', 'amyloid/ours',
      ['amyloid/start', 'amyloid/steps_950', 'amyloid/regression', 'amyloid/lr_high'], MORE),
+    ('Amyloid in equal time, and the 90 % intervals', 'amyloid/anew', ['amyloid/anew_plain'], BOTH),
     ('Recipes, amyloid, regressions at 1e-3', 'amyloid/lr_high',
      ['amyloid/lr_high_start', 'amyloid/regression_lr_high', 'amyloid/earlier'], MORE),
     ('Label conditioning', 'amyloid/ours', ['amyloid/il_cldm', 'amyloid/label_given'], TEST),

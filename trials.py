@@ -136,12 +136,12 @@ TRIALS = [
            f'{POST} {LAPT_LOSS} {PAPER_DDIM} --lambda_t linear --flip False --shift 0 --post_last_step_share 0 '
            '--tune_decoder False --detail_branch False --optimizer adam --post_steps 300 --post_lr 1e-4'), '',
           PAPER_DDIM),
-    Trial('stroke/intervals', 'ours, trained anew', ALL, seeds=THREE, sets=WITH_FRESH, intervals=True),
-    Trial('stroke/intervals_plain', 'regression U-Net, no lesion weight, 4300 steps: difference of the mirrored views',
-          (f'{BOXED} --lesion_head False --w_lesion 0',), infer='--stage regression', seeds=THREE, sets=WITH_FRESH,
+    Trial('stroke/anew', 'ours, trained anew', ALL, seeds=THREE, sets=BOTH, intervals=True),
+    Trial('stroke/anew_plain', 'regression U-Net, no lesion weight, 4300 steps: the difference of the mirrored views',
+          (f'{BOXED} --lesion_head False --w_lesion 0',), infer='--stage regression', seeds=(0, 1), sets=BOTH,
           intervals=True),
-    Trial('stroke/intervals_one_width', 'the same, not mirrored: one width', (), 'stroke/intervals_plain',
-          '--stage regression --mirror False', THREE, WITH_FRESH, intervals=True),
+    Trial('stroke/anew_one_width', 'the same, not mirrored: one width', (), 'stroke/anew_plain',
+          '--stage regression --mirror False', (0, 1), BOTH, intervals=True),
     Trial('stroke/monai', "MONAI's latent diffusion by its tutorial, 50 DDIM steps, equal time", (MONAI,), sets=BOTH),
 
     # Ours before the lesion head and at twice the regression's rate, and what was varied then.
@@ -195,6 +195,10 @@ TRIALS = [
     Trial('amyloid/regression', 'regression U-Net on the image grid, 1300 steps',
           (f'{REGRESSION} --regression_steps 1300 --label_head False',), 'amyloid/ours', '--stage regression', THREE,
           MORE),
+    Trial('amyloid/anew', 'ours, trained anew', ALL, seeds=THREE, sets=BOTH, intervals=True),
+    Trial('amyloid/anew_plain', 'regression U-Net, no labels, 930 steps, equal time',
+          (f'{REGRESSION} --regression_steps 930 --label_head False',), infer='--stage regression', seeds=THREE,
+          sets=BOTH, intervals=True),
     Trial('amyloid/label_given', 'the true label given at inference', (), 'amyloid/ours', '--label true'),
     Trial('amyloid/il_cldm', "IL-CLDM's recipe at the demo's size, 50 DDIM steps, equal time",
           (f'{AAE} {ILCLDM} {PAPER_DDIM}', f'{UNET} {ILCLDM} {PAPER_DDIM} --unet_steps 1150'), '', PAPER_DDIM),

@@ -553,13 +553,16 @@ def test_images_of_who_is_not_on_the_list_any_more_go_aside(trained, capsys):
     assert before and all(np.array_equal(after[name], image) for name, image in before.items())
 
 
-def test_intervals_outlive_an_inference_without_them(trained):
+def test_intervals_outlive_an_inference_that_fits_none_and_are_judged_there(trained):
     task, settings, folder = trained
     words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'kept')
+    rows = []
     for more in ((), ('--only_model',)):
         made_runs.call('infer', *words, *more)
+        rows.append({k: v for k, v in table('result/kept/test.csv')[0].items() if 'coverage' in k or 'width' in k})
         intervals = json.loads(Path('result/kept/inference.json').read_text())['intervals']
         assert intervals.keys() == set(settings['targets'])
+    assert rows[0] == rows[1] and any('rim' in column for column in rows[0]) == (task == 'ctp2dwi')
     made_runs.call('infer', *words, '--only_model', '--seed', '4')  # not those of other settings
     assert json.loads(Path('result/kept/inference.json').read_text())['intervals'] == {}
 
