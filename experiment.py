@@ -79,7 +79,7 @@ class Experiment:
             others = sorted(path.parent.name for path in Path(results).glob('*/config.json'))
             there = f' (there are: {", ".join(others)})' if others else ''
             raise ExperimentError(f'there is no experiment {self.folder}{there}; choose another --exp, or begin with '
-                                  'python train_aae.py')
+                                  'python train_aae.py (or train_unet.py --regression True)')
         self.losses, self.validations = {}, {}
         for stage in STAGES:
             for kind, tables in (('loss_curve', self.losses), ('validation', self.validations)):
@@ -102,7 +102,7 @@ class Experiment:
         tables = (self.test, self.summary)
         if not (self.losses or self.validations or self.predicted) and all(table is None for table in tables):
             raise ExperimentError(f'{self.folder} holds no training curve, no table and no prediction; run python '
-                                  f'train_aae.py first')
+                                  'train_aae.py, or train_unet.py --regression True, first')
 
     @property
     def models(self):

@@ -12,22 +12,18 @@ Networks, task, schedule and scaling come from the checkpoints in result/<exp>, 
 """
 
 import json
-import shutil
 from dataclasses import replace
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 import config
 import dataset
 import grid
 import metrics
 import utils
-import volume
 from evaluate import (
     amyloid_status,
     calibration_counts,
@@ -41,10 +37,17 @@ from evaluate import (
     mri_volumes,
     ms_ssim_scales,
     number_record,
-    std_maps,
     validate,
 )
-from model import fingerprint
+from outputs import (
+    keep_aside,
+    known_intervals,
+    move_aside,
+    prediction_record,
+    save_table,
+    settings_of,
+    write_prediction,
+)
 from translate import (
     Model,
     Sampling,
@@ -61,76 +64,6 @@ from translate import (
 # What the training scripts take from here: validation is inference by construction.
 __all__ = ['Model', 'Sampling', 'check_sampling', 'checkpoint_path', 'differing', 'load_aae', 'load_model', 'translate',
            'evaluate', 'validate', 'fit_quality']
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# Writing
-
-def write_prediction(folder, subject, pred, std, spec, record):
-    """<target>.nii.gz, <target>_std.nii.gz, lesion_probability.nii.gz and prediction.json of one subject."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / utils.LESION_MAP).unlink(missing_ok=True)  # an earlier one's
-    if (probability := lesion_map(subject, pred)) is not None:
-        dataset.write_volume(folder / utils.LESION_MAP, probability, subject)
-    for name, image in subject.to_native(pred).items():
-        dataset.write_volume(folder / f'{name}.nii.gz', image, subject)
-        (folder / f'{name}_std.nii.gz').unlink(missing_ok=True)  # an earlier one's
-    for name, image in (std_maps(subject, std, spec) if std is not None else {}).items():
-        dataset.write_volume(folder / f'{name}_std.nii.gz', image, subject)
-    utils.write_atomic(folder / 'prediction.json', lambda f: json.dump(record | dict(id=subject.id), f, indent=1), 'w')
-
-
-def prediction_record(cfg, model, spec):
-    """What a prediction.json says: checkpoint, sampler, seed, label mode, units, how files became arrays."""
-    units = {name: volume.unit_of(name, spec.scaling[name]) for name in spec.targets}
-    decoder, aae = (model.aae.decoder, fingerprint(model.aae)) if model.aae else (None, None)
-    nets = [net for net in (model.unet, decoder, model.detail, model.regression) if net is not None]
-    return dict(checkpoint=model.origin, aae=aae, weights=fingerprint(torch.nn.ModuleList(nets)), exp=cfg.exp,
-                sampler=cfg.sampler, num_steps=1 if cfg.sampler == 'one_step' else cfg.num_steps,
-                samples=cfg.samples, guidance=cfg.guidance, label=cfg.label, mirror=cfg.mirror, seed=cfg.seed,
-                lesion_odds=cfg.lesion_odds, lesion_core=cfg.lesion_core, units=units, settings=spec.travel())
-
-
-def settings_of(path):
-    """What inference.json says, less what was fitted with it, or config.json; {} if it cannot be read."""
-    try:
-        found = dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):  # not there, or damaged: who knows
-        return {}
-    return {name: value for name, value in found.items() if name != 'intervals'}
-
-
-def keep_aside(folder, record, ids):
-    """Nothing is overwritten silently: results of other settings move to old_<n>; replacing the same ones is said.
-
-    Of the same settings, too, the images of subjects that are not on the list (`ids`) any more move there.
-    """
-    old = folder / 'inference.json'
-    if not (folder / 'pred').exists():
-        return None
-    same = settings_of(old) == json.loads(json.dumps(record))
-    when = datetime.fromtimestamp((folder / 'pred').stat().st_mtime).strftime('%Y-%m-%d %H:%M')
-    if same:
-        said = f'replacing the predictions of {when}, made with the same checkpoint and settings'
-        gone = move_aside(folder, {path.name for path in (folder / 'pred').iterdir()} - set(ids))
-        return said + (f'; those of {len(gone)} subjects that are not on the list now are in {gone[0].parent}' if gone
-                       else '')
-    aside = utils.old_folder(folder)
-    for path in [folder / 'pred', old, *folder.glob('test*.csv'), *folder.glob('infer_*.csv')]:
-        if path.exists():
-            shutil.move(path, aside / path.name)
-    return f"predictions of {when}, made with other settings, are kept in {aside}"
-
-
-def move_aside(folder, ids):
-    """Move the images of these subjects from pred into a fresh old_<n>/pred; the paths there."""
-    there = [folder / 'pred' / id for id in sorted(ids)]
-    there = [path for path in there if path.exists()]
-    if not there:
-        return []
-    aside = utils.old_folder(folder) / 'pred'
-    aside.mkdir()
-    return [Path(shutil.move(path, aside / path.name)) for path in there]
 
 
 def infer_split(cfg, run, model, spec, folder):
@@ -155,9 +88,12 @@ def infer_split(cfg, run, model, spec, folder):
             print(note)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record, f, indent=1), 'w')
     run.barrier()
+    beside = {} if cfg.only_model else baselines(cfg, run, model, predict)
     fits = known if cfg.only_model else fit_intervals(cfg, run, spec, predict) or known
     if run.main:  # beside the settings they were fitted with, for the subjects to come
-        fitted = record | dict(intervals=fits or known)
+        if fits and fits is known:
+            print('the intervals are those that were fitted before with this checkpoint')
+        fitted = record | dict(intervals=fits)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(fitted, f, indent=1), 'w')
     qc, volumes, counts, probable = {}, {}, {}, {}
 
@@ -191,13 +127,13 @@ def infer_split(cfg, run, model, spec, folder):
     table = pd.DataFrame([row for row in rows if row['ID'] not in without])
     if table.empty:
         return errors
-    table = table.assign(qc=table['ID'].map(qc), num_steps=record['num_steps'], samples=cfg.samples,
+    table = table.assign(qc=table['ID'].map(qc), num_steps=record['num_steps'], samples=record['samples'],
                          ms_ssim_scales=ms_ssim_scales(spec))
     if spec.num_classes == 2 and probable:
         table['label_probability'] = [probable[id][1] for id in table['ID']]
 
     tables = {}
-    for name, baseline in ({} if cfg.only_model else baselines(cfg, run, model, predict)).items():
+    for name, baseline in beside.items():
         rows, failed = evaluate(run, baseline, spec, list(table['ID']), quick=False, label=f'baseline {name}')
         left_out(run, f'the baseline {name}', failed)
         if rows:
@@ -236,14 +172,18 @@ def baselines(cfg, run, model, predict):
     The training set's mean image, the autoencoder's reconstruction of the truth (the ceiling of all that goes through
     it), the U-Net before stage 3 and the regression U-Net, where they have been trained.
     """
-    aae = load_model(cfg, run, 'aae').aae if model.aae else None  # not the decoder that stage 3 tuned
+    there = model.aae or checkpoint_path(cfg, 'aae').exists()
+    other = load_model(cfg, run, 'aae') if there else None  # not the decoder that stage 3 tuned
+    if other and differing(other.prep, model.prep, source=False):  # a regression need not fit what lies beside it
+        other = None
+    mean_image = model.mean_image or (other.mean_image if other else None)
 
     def reconstruct(subject):
         batches = grid.batches(subject.mask, cfg.eval_batch, subject.spec.trim)
-        return utils.in_batches(run, aae, batches, subject.target), None
+        return utils.in_batches(run, other.aae, batches, subject.target), None
 
-    found = dict(mean=lambda subject: (mean_prediction(model.mean_image, subject), None)) if model.mean_image else {}
-    found |= dict(aae=reconstruct) if aae else {}
+    found = dict(mean=lambda subject: (mean_prediction(mean_image, subject), None)) if mean_image else {}
+    found |= dict(aae=reconstruct) if other else {}
     others = ['unet'] if model.stage == 'post' else []
     if model.stage != 'regression' and checkpoint_path(cfg, 'regression').exists():
         others.append('regression')
@@ -252,10 +192,6 @@ def baselines(cfg, run, model, predict):
     for name in [name for name, what in unlike.items() if what and run.main]:
         print(f'the {name} network is left out of the table: trained with another {", ".join(unlike[name])}')
     return found | {name: partial(predict, model=other) for name, other in others.items() if not unlike[name]}
-
-
-def save_table(table, path):
-    utils.write_atomic(path, lambda f: table.to_csv(f, index=False, float_format='%.6g'), 'w')
 
 
 def compare(cfg):
@@ -321,20 +257,6 @@ def infer_file(cfg, run, model, spec):
     print(f'{", ".join(f"{name}.nii.gz" for name in spec.targets)} written to {cfg.out}')
 
 
-def known_intervals(cfg, model, record):
-    """The intervals that inference fitted with this checkpoint and sampler, here or beside the checkpoint; else {}."""
-    def way(said):  # less where the files were and what they were like
-        files = dict.fromkeys(('unit_scale', 'resample', 'frame_interval'))
-        return said | dict(split='', data_root='', exp='', settings=said.get('settings', {}) | files)
-
-    for folder in (Path('result') / cfg.exp, checkpoint_path(cfg, model.stage).parent):
-        same = way(settings_of(folder / 'inference.json')) == way(json.loads(json.dumps(record)))
-        found = json.loads((folder / 'inference.json').read_text()).get('intervals') if same else None
-        if found and all('half' in found.get(name, ()) for name in model.prep['target_names']):  # of this version
-            return found
-    return {}
-
-
 def of_these_files(cfg):
     """Settings that say what files are like, not what the network was trained on: where given, they hold here."""
     given = dict(frame_interval=cfg.frame_interval, resample=cfg.resample or None,
@@ -365,6 +287,10 @@ def main():
         print('\n'.join([*cfg.changes(), f'device {run.describe()}', f'model {model.origin}']))
         if cfg.guidance != 1 and cfg.label == 'unknown':
             print(f'guidance {cfg.guidance:g} has no effect while the label is unknown')
+        if model.regression is not None and (cfg.sampler != 'one_step' or cfg.samples != 1):
+            print('sampler, num_steps and samples have no effect: a U-Net on the image grid does not sample')
+        if not model.qc:
+            print('sources are not checked: this checkpoint does not say what a good one looks like')
     if cfg.input:
         infer_file(cfg, run, model, spec)
         return

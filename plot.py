@@ -41,11 +41,11 @@ NAMES = {'ctp2dwi': ('true lesion', 'lesion rule on the synthetic images'), 'mri
 
 
 def make_spec(cfg, folder, used=None):
-    """How files become arrays: as inference did (`used`, what prediction.json says of it), else as the autoencoder's
-    checkpoint says; paths from the settings."""
-    own = folder / f'{utils.BEST["aae"]}.pth.tar'
-    path = own if own.exists() or not cfg.init_from else Path('result') / cfg.init_from / own.name
-    prep = (utils.load_checkpoint(path, 'aae')['prep'] if path.exists() else {}) | (used or {})
+    """How files become arrays: as inference did (`used`, what prediction.json says of it), else as the checkpoint of
+    the autoencoder, or of a U-Net on the image grid alone, says; paths from the settings."""
+    places = [folder, Path('result') / cfg.init_from] if cfg.init_from else [folder]
+    files = [(place / f'{utils.BEST[kind]}.pth.tar', kind) for kind in ('aae', 'regression') for place in places]
+    prep = next((utils.load_checkpoint(path, kind)['prep'] for path, kind in files if path.exists()), {}) | (used or {})
     if prep.get('task', cfg.task) != cfg.task:
         raise utils.RunError(f'{folder} was trained for the task {prep["task"]}, but the settings are for {cfg.task}; '
                              'add the --preset of its training')
@@ -227,9 +227,11 @@ def draw_figures(spec, run, fig, faults):
         panels = [panel for panel in charts.PANELS[task] if panel[0] in known]
         if panels:
             charts.draw_metrics(path, lines, run.models, panels, ceilings(run.test))
-            figures.append((path, f'Mean and bootstrap 95 % interval. {STAR} The autoencoder has seen the true image: '
-                                  'it bounds what goes through the latent alone, and is no rival.' + (
-                                      ' Dice: of lesions above 2 ml.' if task == 'ctp2dwi' else '')))
+            bound = ('The autoencoder has seen the true image: it bounds what goes through the latent alone, and is no '
+                     'rival.' if 'aae' in run.models else '')
+            text = ['Mean and bootstrap 95 % interval.', STAR if len(run.models) > 1 else '', bound,
+                    'Dice: of lesions above 2 ml.' if task == 'ctp2dwi' else '']
+            figures.append((path, ' '.join(filter(None, text))))
     path = fig / 'scatter.png'
     if 'true_ml' in facts:
         columns = ['lesion_ml', 'lesion_head_ml', 'lesion_head_ml_low', 'lesion_head_ml_high']
@@ -292,6 +294,7 @@ def facts_of(spec, run):
         label = 'true, read from data_info.csv' if label == 'true' else label
         more = [f'{name} {record.get(name, "?")}' for name in ('guidance', 'seed')]
         sampler = [str(record.get('sampler', '?')), *counts, *more]
+        sampler = ['none: a U-Net on the image grid'] if sampler[0] == 'none' else sampler
         sampler += ['mean with the mirrored source'] if record.get('mirror') else []
         rows += [('sampler', ', '.join(sampler)),
                  ('label given to the network', label), ('split', record.get('split', '-')),

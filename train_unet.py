@@ -3,9 +3,12 @@ Stage 2: train the conditional U-Net on the autoencoder's latents.
 
 python train_unet.py                       settings in config.py, results in result/<exp>/
 python train_unet.py --batch_size 16       the same with one setting changed
-python train_unet.py --regression True     instead the baseline: a plain U-Net from source to target, no diffusion
+python train_unet.py --regression True     instead a U-Net from source to target, no diffusion: stage 3 starts from it,
+                                           and it is a model of its own
 torchrun --nproc_per_node=4 train_unet.py  several GPUs; run any of these again to resume, --restart begins anew
 """
+
+from dataclasses import replace
 
 import torch
 
@@ -102,7 +105,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
 
 
 def train_regression(cfg, run, spec, train_ids, validation_ids):
-    """The baseline: PixelUNet(source) -> target under the pixel losses of stage 3.
+    """PixelUNet(source) -> target under the pixel losses of stage 3: its start, a model of its own, or a baseline.
 
     --w_lesion 0: no lesion weight; --lesion_head False --label_head False: no heads, a plain regression.
     """
@@ -130,7 +133,8 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
                         net=net, opt=opt, ema=ema, scaler=run.scaler):
         return
     # With these its checkpoint is complete: infer.py --stage regression needs no other.
-    more = dict(qc=fit_quality(spec, cohort, validation_ids), mean_image=cohort.mean_image()) if run.main else {}
+    more = dict(qc=fit_quality(spec, cohort, validation_ids),
+                mean_image=dataset.Cohort(replace(spec, context=0), train_ids).mean_image()) if run.main else {}
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
                              cfg.shift)
     trained, current = Model(None, regression=net), Model(None, regression=ema.net)

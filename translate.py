@@ -139,15 +139,22 @@ def load_aae(cfg, run):
     return model, data
 
 
-def load_model(cfg, run, stage='auto'):
-    """The model of a stage: 'post', 'unet', 'regression', 'aae', or 'auto': the first that is there. EMA weights.
+def found_stage(cfg):
+    """The first of post, unet and regression that has been trained; but a regression of this experiment's own comes
+    before what init_from has."""
+    own = {stage for stage in utils.BEST if (Path('result') / cfg.exp / f'{utils.BEST[stage]}.pth.tar').exists()}
+    if 'regression' in own and not own & {'post', 'unet'}:
+        return 'regression'
+    return next((s for s in ('post', 'unet', 'regression') if checkpoint_path(cfg, s).exists()), 'unet')
 
-    The regression needs no autoencoder. RunError if a checkpoint is missing or belongs to another autoencoder.
+
+def load_model(cfg, run, stage='auto'):
+    """The model of a stage: 'post', 'unet', 'regression', 'aae', or 'auto' (found_stage). EMA weights.
+
+    A regression needs no autoencoder, and has none. RunError if a checkpoint is missing or belongs to another one.
     """
-    if stage == 'auto':
-        stage = next((s for s in ('post', 'unet', 'regression') if checkpoint_path(cfg, s).exists()), 'unet')
-    alone = stage == 'regression' and not checkpoint_path(cfg, 'aae').exists()
-    model = Model() if alone else load_aae(cfg, run)[0]
+    stage = found_stage(cfg) if stage == 'auto' else stage
+    model = Model() if stage == 'regression' else load_aae(cfg, run)[0]
     if stage == 'aae':
         return model
     path = checkpoint_path(cfg, stage)
@@ -170,8 +177,8 @@ def _add_networks(cfg, run, model, stage, path, data):
     model.stage, model.qc = stage, data.get('qc')
     model.origin = f"{utils.BEST[stage]} (EMA weights) at step {data['step']}"
     model.prep = OLDER | data['prep']
-    model.mean_image = model.mean_image or data.get('mean_image')
     if stage == 'regression':
+        model.mean_image = data.get('mean_image')  # older files have none
         model.regression = run.place(PixelUNet(**data['args']))
         utils.load_weights(model.regression, data['net'], path)
         return model.eval()

@@ -16,14 +16,15 @@ LEAVES = {'config', 'settings', 'dataset', 'model', 'diffusion', 'losses', 'metr
           'prior', 'quality', 'status',                              # beside metrics.py: trust, amyloid status
           'anatomy', 'stroke', 'amyloid', 'describe',            # the parts of phantom.py
           'experiment', 'charts', 'montage', 'report'}           # the parts of plot.py
-SCRIPTS = {'phantom', 'translate', 'evaluate', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot', 'benchmark',
-           'study', 'trials', 'tables', 'monai_ldm',
+SCRIPTS = {'phantom', 'translate', 'evaluate', 'outputs', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot',
+           'benchmark', 'study', 'trials', 'tables', 'monai_ldm',
            'timing', 'turns', 'conclusions', 'plain', 'peers'}           # the parts of benchmark.py
 MORE = {                                                         # what else a file may import of ours
     'config': {'settings'},
     'model': {'layers', 'prior'},
     'stage': {'utils'},
-    'infer': {'translate', 'evaluate'},                          # infer.py, split by name
+    'infer': {'translate', 'evaluate', 'outputs'},               # infer.py, split by name
+    'outputs': {'translate', 'evaluate'},
     'grid': {'volume'},
     'splits': {'volume'},
     'check': {'volume'},

@@ -1,0 +1,107 @@
+"""
+What inference writes beside its tables: images, the record of how they were made, and where older ones go.
+
+Part of infer.py.
+"""
+
+import json
+import shutil
+from datetime import datetime
+from pathlib import Path
+
+import torch
+
+import dataset
+import utils
+import volume
+from evaluate import lesion_map, std_maps
+from model import fingerprint
+from translate import checkpoint_path
+
+
+def write_prediction(folder, subject, pred, std, spec, record):
+    """<target>.nii.gz, <target>_std.nii.gz, lesion_probability.nii.gz and prediction.json of one subject."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / utils.LESION_MAP).unlink(missing_ok=True)  # an earlier one's
+    if (probability := lesion_map(subject, pred)) is not None:
+        dataset.write_volume(folder / utils.LESION_MAP, probability, subject)
+    for name, image in subject.to_native(pred).items():
+        dataset.write_volume(folder / f'{name}.nii.gz', image, subject)
+        (folder / f'{name}_std.nii.gz').unlink(missing_ok=True)  # an earlier one's
+    for name, image in (std_maps(subject, std, spec) if std is not None else {}).items():
+        dataset.write_volume(folder / f'{name}_std.nii.gz', image, subject)
+    utils.write_atomic(folder / 'prediction.json', lambda f: json.dump(record | dict(id=subject.id), f, indent=1), 'w')
+
+
+def prediction_record(cfg, model, spec):
+    """What a prediction.json says: checkpoint, sampler, seed, label mode, units, how files became arrays."""
+    units = {name: volume.unit_of(name, spec.scaling[name]) for name in spec.targets}
+    decoder, aae = (model.aae.decoder, fingerprint(model.aae)) if model.aae else (None, None)
+    nets = [net for net in (model.unet, decoder, model.detail, model.regression) if net is not None]
+    way = dict(sampler=cfg.sampler, num_steps=1 if cfg.sampler == 'one_step' else cfg.num_steps, samples=cfg.samples,
+               guidance=cfg.guidance)
+    if model.regression is not None:  # which does not sample
+        way = dict(sampler='none', num_steps=1, samples=1, guidance=1.0)
+    return dict(checkpoint=model.origin, aae=aae, weights=fingerprint(torch.nn.ModuleList(nets)), exp=cfg.exp, **way,
+                label=cfg.label, mirror=cfg.mirror, seed=cfg.seed, lesion_odds=cfg.lesion_odds,
+                lesion_core=cfg.lesion_core, units=units, settings=spec.travel())
+
+
+def settings_of(path):
+    """What inference.json says, less what was fitted with it, or config.json; {} if it cannot be read."""
+    try:
+        found = dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):  # not there, or damaged: who knows
+        return {}
+    return {name: value for name, value in found.items() if name != 'intervals'}
+
+
+def keep_aside(folder, record, ids):
+    """Nothing is overwritten silently: results of other settings move to old_<n>; replacing the same ones is said.
+
+    Of the same settings, too, the images of subjects that are not on the list (`ids`) any more move there.
+    """
+    old = folder / 'inference.json'
+    if not (folder / 'pred').exists():
+        return None
+    same = settings_of(old) == json.loads(json.dumps(record))
+    when = datetime.fromtimestamp((folder / 'pred').stat().st_mtime).strftime('%Y-%m-%d %H:%M')
+    if same:
+        said = f'replacing the predictions of {when}, made with the same checkpoint and settings'
+        gone = move_aside(folder, {path.name for path in (folder / 'pred').iterdir()} - set(ids))
+        return said + (f'; those of {len(gone)} subjects that are not on the list now are in {gone[0].parent}' if gone
+                       else '')
+    aside = utils.old_folder(folder)
+    for path in [folder / 'pred', old, *folder.glob('test*.csv'), *folder.glob('infer_*.csv')]:
+        if path.exists():
+            shutil.move(path, aside / path.name)
+    return f"predictions of {when}, made with other settings, are kept in {aside}"
+
+
+def move_aside(folder, ids):
+    """Move the images of these subjects from pred into a fresh old_<n>/pred; the paths there."""
+    there = [folder / 'pred' / id for id in sorted(ids)]
+    there = [path for path in there if path.exists()]
+    if not there:
+        return []
+    aside = utils.old_folder(folder) / 'pred'
+    aside.mkdir()
+    return [Path(shutil.move(path, aside / path.name)) for path in there]
+
+
+def save_table(table, path):
+    utils.write_atomic(path, lambda f: table.to_csv(f, index=False, float_format='%.6g'), 'w')
+
+
+def known_intervals(cfg, model, record):
+    """The intervals that inference fitted with this checkpoint and sampler, here or beside the checkpoint; else {}."""
+    def way(said):  # less where the files were and what they were like
+        files = dict.fromkeys(('unit_scale', 'resample', 'frame_interval'))
+        return said | dict(split='', data_root='', exp='', settings=said.get('settings', {}) | files)
+
+    for folder in (Path('result') / cfg.exp, checkpoint_path(cfg, model.stage).parent):
+        same = way(settings_of(folder / 'inference.json')) == way(json.loads(json.dumps(record)))
+        found = json.loads((folder / 'inference.json').read_text()).get('intervals') if same else None
+        if found and all('half' in found.get(name, ()) for name in model.prep['target_names']):  # of this version
+            return found
+    return {}
