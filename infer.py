@@ -32,6 +32,7 @@ from evaluate import (
     evaluate,
     fit_intervals,
     fit_quality,
+    fitting_ids,
     left_out,
     lesion_map,
     mri_volumes,
@@ -89,11 +90,15 @@ def infer_split(cfg, run, model, spec, folder):
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record, f, indent=1), 'w')
     run.barrier()
     beside = {} if cfg.only_model else baselines(cfg, run, model, predict)
-    fits = known if cfg.only_model else fit_intervals(cfg, run, spec, predict) or known
+    fits = {} if cfg.only_model else fit_intervals(cfg, run, spec, predict)
+    if fits:
+        of = dict(data_root=cfg.data_root, ids=fitting_ids(cfg, spec, 'validation'))
+    else:
+        fits, of = known.get('intervals', {}), known.get('fitted_on', {})
     if run.main:  # beside the settings they were fitted with, for the subjects to come
-        if fits and fits is known:
+        if fits and fits is known.get('intervals'):
             print('the intervals are those that were fitted before with this checkpoint')
-        fitted = record | dict(intervals=fits)
+        fitted = record | dict(intervals=fits, fitted_on=of)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(fitted, f, indent=1), 'w')
     qc, volumes, counts, probable = {}, {}, {}, {}
 
@@ -111,8 +116,11 @@ def infer_split(cfg, run, model, spec, folder):
 
     # Intervals and status thresholds are fitted on the training and validation subjects: judged on others only.
     unseen = cfg.split not in ('train', 'validation')
+    seen = set(of.get('ids', ())) & set(ids) if of.get('data_root') == cfg.data_root else set()
+    if seen and unseen and run.main:
+        print(f'the intervals are not judged: they were fitted on {len(seen)} of these subjects')
     rows, errors = evaluate(run, predict, spec, ids, quick=False, label='translate', on_subject=keep,
-                            intervals=fits if unseen else None)
+                            intervals=fits if unseen and not seen else None)
     qc, volumes, counts, probable = (dict(run.gather(found.items())) for found in (qc, volumes, counts, probable))
     if run.main and (old := move_aside(folder, set(ids) - set(qc))):
         print(f'earlier images of {len(old)} subjects that could not be translated now are in {old[0].parent}')
@@ -249,7 +257,7 @@ def infer_file(cfg, run, model, spec):
     pred, std = translate(run, model, subject.stacked, subject.id, how, label, subject.mask)
     qc, record = check_source(model, subject), prediction_record(cfg, model, spec)
     more = {} if (p := label_probability(run, model, subject.stacked)) is None else dict(label_probability=p)
-    fits = known_intervals(cfg, model, record)
+    fits = known_intervals(cfg, model, record).get('intervals', {})
     more |= dict(source=origin, qc=qc, intervals=fits) | number_record(subject, pred, std, spec, fits)
     write_prediction(out, subject, pred, std, spec, record | more)
     if qc not in ('ok', ''):

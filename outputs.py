@@ -53,7 +53,7 @@ def settings_of(path):
         found = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):  # not there, or damaged: who knows
         return {}
-    return {name: value for name, value in found.items() if name != 'intervals'}
+    return {name: value for name, value in found.items() if name not in ('intervals', 'fitted_on')}
 
 
 def keep_aside(folder, record, ids):
@@ -94,14 +94,16 @@ def save_table(table, path):
 
 
 def known_intervals(cfg, model, record):
-    """The intervals that inference fitted with this checkpoint and sampler, here or beside the checkpoint; else {}."""
+    """What inference fitted with this checkpoint and sampler, here or beside the checkpoint: {intervals, fitted_on}, or
+    {}; fitted_on: data_root and IDs of the subjects."""
     def way(said):  # less where the files were and what they were like
         files = dict.fromkeys(('unit_scale', 'resample', 'frame_interval'))
         return said | dict(split='', data_root='', exp='', settings=said.get('settings', {}) | files)
 
     for folder in (Path('result') / cfg.exp, checkpoint_path(cfg, model.stage).parent):
         same = way(settings_of(folder / 'inference.json')) == way(json.loads(json.dumps(record)))
-        found = json.loads((folder / 'inference.json').read_text()).get('intervals') if same else None
+        said = json.loads((folder / 'inference.json').read_text()) if same else {}
+        found = said.get('intervals')
         if found and all('half' in found.get(name, ()) for name in model.prep['target_names']):  # of this version
-            return found
+            return dict(intervals=found, fitted_on=said.get('fitted_on', {}))
     return {}

@@ -133,7 +133,8 @@ def test_the_control_and_the_regression_alone(trained):
     made_runs.call('infer', *words, '--exp', 'alone', '--stage', 'regression', '--only_model')
     made_runs.call('train_unet', *words, '--exp', 'rival', '--regression', 'True', '--regression_steps', '2',
                    '--lesion_head', 'False', '--trim', 'False')
-    made_runs.call('infer', *words, '--exp', 'rival', '--stage', 'regression', '--only_model')
+    made_runs.call('infer', *words, '--exp', 'rival', '--only_model')  # its own, not stage 3 of init_from
+    assert 'regression' in json.loads(Path('result/rival/inference.json').read_text())['checkpoint']
     for name in ('control', 'alone', 'rival'):
         found = {path.name for path in Path('result', name).glob('test*.csv')}
         head = {'test_lesion_calibration.csv'} if task == 'ctp2dwi' and name == 'alone' else set()
@@ -165,7 +166,10 @@ def test_a_regression_needs_no_other_stage(trained, capsys):
     assert json.loads(Path('one/prediction.json').read_text())['intervals'] == record['intervals']
     mine, theirs = (nib.load(place / f'{name}.nii.gz').get_fdata() for place in (Path('one'), folder / 'pred' / id))
     np.testing.assert_allclose(mine, theirs, atol=1e-3 * np.ptp(theirs))
-    capsys.readouterr()
+    # An autoencoder beside it is one more line of the table, and changes nothing else.
+    made_runs.call('infer', *words, '--init_from', settings['exp'], '--num_steps', '3', '--samples', '2')
+    assert 'have no effect' in capsys.readouterr().out and (folder / 'test_aae.csv').exists()
+    assert json.loads((folder / 'inference.json').read_text()) == record and not list(folder.glob('old_*'))
     made_runs.call('plot', *words)
     assert 'train_aae' not in capsys.readouterr().out and (folder / 'report.html').exists()
     assert 'train_aae' not in (folder / 'report.html').read_text()
@@ -532,6 +536,12 @@ def test_a_cohort_for_testing_alone(trained, capsys):
         assert [row['ID'] for row in rows] == ids('test') and any('coverage' in k for k in rows[0]) == known
         found = json.loads(Path('result/alone/inference.json').read_text())['intervals']
         assert found == (intervals if known else {}) and bool(intervals)
+    # On a subject that they were fitted on they are not judged; one of another data_root may have its name.
+    Path('alone/test.txt').write_text('\n'.join([*ids('test'), ids('validation')[0]]))
+    for root, known in (('data', False), ('data/../data', True)):
+        made_runs.call('infer', *words, '--only_model', '--data_root', root)
+        assert any('coverage' in column for column in table('result/alone/test.csv')[0]) == known
+    made_runs.call('infer', *words)
     assert len({row['ms_ssim_scales'] for row in rows}) == 1
     assert Path('result/alone/test_unet.csv').exists() and not Path('result/alone/test_status.csv').exists()
 
