@@ -20,13 +20,13 @@ COLUMNS = {
     'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error', suvr_bias='SUVR bias'),
     'stroke/anew': dict(
         dwi_psnr='DWI PSNR, dB', dwi_coverage_90='DWI', dwi_lesion_coverage_90='DWI, lesion',
-        dwi_rim_coverage_90='DWI, 6 mm around', dwi_width_90='DWI width', dwi_lesion_width_90='DWI width, lesion',
-        adc_coverage_90='ADC', adc_lesion_coverage_90='ADC, lesion', adc_rim_coverage_90='ADC, 6 mm around',
-        adc_width_90='ADC width', adc_lesion_width_90='ADC width, lesion',
-        lesion_head_ml_covered='lesion volume')}
+        dwi_rim_coverage_90='DWI, 6 mm around', adc_coverage_90='ADC', adc_lesion_coverage_90='ADC, lesion',
+        adc_rim_coverage_90='ADC, 6 mm around', lesion_head_ml_covered='lesion volume',
+        dwi_width_90='half width, DWI', dwi_lesion_width_90='in the lesion',
+        adc_width_90='half width, ADC', adc_lesion_width_90='in the lesion ')}
 COLUMNS['amyloid/anew'] = COLUMNS['amyloid'] | dict(
-    suvr_coverage_90='in the 90 % interval', suvr_lesion_coverage_90='composite', suvr_width_90='width',
-    suvr_lesion_width_90='width, composite', suvr_pred_covered='composite SUVR')
+    suvr_coverage_90='in their 90 % interval: voxels', suvr_lesion_coverage_90='voxels of the composite',
+    suvr_pred_covered='composite SUVRs', suvr_width_90='half width')
 TEST = ('test',)
 TABLES = [  # title, the first line, the others, sets
     ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/start', 'stroke/start_odds_1'],
@@ -234,8 +234,8 @@ def write_results():
             'of the seeds\'). * differs from the same seeds of the first line (paired Wilcoxon, Holm over the table, '
             'p < 0.05), in the same direction in each of two seeds or more; one seed of another training has no star, '
             'since two trainings of one recipe differ, here by up to 0.2 dB, 0.008 in lesion MAE and 0.05 in Dice, '
-            'which a test over subjects cannot know. CPU s: process seconds of training, median of the seeds; "+" '
-            'comes on top of the stages it starts from.')
+            'which a test over subjects cannot know; shares and widths of intervals are not tested. CPU s: process '
+            'seconds of training, median of the seeds; "+" comes on top of the stages it starts from.')
     text = '\n'.join([f'{head}{begin}', '', note, '', *lines, f'{end}{tail}'])
     write_atomic(path, lambda f: f.write(text), 'w')
     draw_tradeoff(path.with_name('tradeoff.png'))

@@ -140,7 +140,7 @@ TRIALS = [
     Trial('stroke/anew_plain', 'regression U-Net, no lesion weight, 4300 steps: the difference of the mirrored views',
           (f'{BOXED} --lesion_head False --w_lesion 0',), infer='--stage regression', seeds=(0, 1), sets=BOTH,
           intervals=True),
-    Trial('stroke/anew_one_width', 'the same, not mirrored: one width', (), 'stroke/anew_plain',
+    Trial('stroke/anew_one_width', 'the same, not mirrored: one width for all voxels', (), 'stroke/anew_plain',
           '--stage regression --mirror False', (0, 1), BOTH, intervals=True),
     Trial('stroke/monai', "MONAI's latent diffusion by its tutorial, 50 DDIM steps, equal time", (MONAI,), sets=BOTH),
 
