@@ -181,17 +181,17 @@ def baselines(cfg, run, model, predict):
     it), the U-Net before stage 3 and the regression U-Net, where they have been trained.
     """
     there = model.aae or checkpoint_path(cfg, 'aae').exists()
-    other = load_model(cfg, run, 'aae') if there else None  # not the decoder that stage 3 tuned
-    if other and differing(other.prep, model.prep, source=False):  # a regression need not fit what lies beside it
-        other = None
-    mean_image = model.mean_image or (other.mean_image if other else None)
+    first = load_model(cfg, run, 'aae') if there else None  # not the decoder that stage 3 tuned
+    if first and differing(first.prep, model.prep, source=False):  # a regression need not fit what lies beside it
+        first = None
+    mean_image = model.mean_image or (first.mean_image if first else None)
 
     def reconstruct(subject):
         batches = grid.batches(subject.mask, cfg.eval_batch, subject.spec.trim)
-        return utils.in_batches(run, other.aae, batches, subject.target), None
+        return utils.in_batches(run, first.aae, batches, subject.target), None
 
     found = dict(mean=lambda subject: (mean_prediction(mean_image, subject), None)) if mean_image else {}
-    found |= dict(aae=reconstruct) if other else {}
+    found |= dict(aae=reconstruct) if first else {}
     others = ['unet'] if model.stage == 'post' else []
     if model.stage != 'regression' and checkpoint_path(cfg, 'regression').exists():
         others.append('regression')
