@@ -116,7 +116,8 @@ def infer_split(cfg, run, model, spec, folder):
 
     # Intervals and status thresholds are fitted on the training and validation subjects: judged on others only.
     unseen = cfg.split not in ('train', 'validation')
-    seen = set(of.get('ids', ())) & set(ids) if of.get('data_root') == cfg.data_root else set()
+    same_data = Path(of.get('data_root', '')).resolve() == Path(cfg.data_root).resolve()
+    seen = set(of.get('ids', ())) & set(ids) if same_data else set()
     if seen and unseen and run.main:
         print(f'the intervals are not judged: they were fitted on {len(seen)} of these subjects')
     rows, errors = evaluate(run, predict, spec, ids, quick=False, label='translate', on_subject=keep,

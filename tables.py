@@ -23,7 +23,7 @@ COLUMNS = {
         dwi_rim_coverage_90='DWI, 6 mm around', adc_coverage_90='ADC', adc_lesion_coverage_90='ADC, lesion',
         adc_rim_coverage_90='ADC, 6 mm around', lesion_head_ml_covered='lesion volume',
         dwi_width_90='half width, DWI', dwi_lesion_width_90='in the lesion',
-        adc_width_90='half width, ADC', adc_lesion_width_90='in the lesion ')}
+        adc_width_90='half width, ADC', adc_lesion_width_90='in the lesion')}
 COLUMNS['amyloid/anew'] = COLUMNS['amyloid'] | dict(
     suvr_coverage_90='in their 90 % interval: voxels', suvr_lesion_coverage_90='voxels of the composite',
     suvr_pred_covered='composite SUVRs', suvr_width_90='half width')

@@ -538,9 +538,11 @@ def test_a_cohort_for_testing_alone(trained, capsys):
         assert found == (intervals if known else {}) and bool(intervals)
     # On a subject that they were fitted on they are not judged; one of another data_root may have its name.
     Path('alone/test.txt').write_text('\n'.join([*ids('test'), ids('validation')[0]]))
-    for root, known in (('data', False), ('data/../data', True)):
+    shutil.copytree('data', 'other_data')
+    for root, known in (('data', False), ('data/../data', False), ('other_data', True)):
         made_runs.call('infer', *words, '--only_model', '--data_root', root)
         assert any('coverage' in column for column in table('result/alone/test.csv')[0]) == known
+    shutil.rmtree('other_data')
     made_runs.call('infer', *words)
     assert len({row['ms_ssim_scales'] for row in rows}) == 1
     assert Path('result/alone/test_unet.csv').exists() and not Path('result/alone/test_status.csv').exists()
