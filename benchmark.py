@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 import turns
@@ -35,7 +36,7 @@ COLUMNS = ('name', 'row', 'ratio', 'seconds_step', 'seconds_subject', 'memory_mb
            'others_cores', 'note', 'machine', 'code')
 
 # ------------------------------------------------------------------------------------------------------------------
-# The rows: name -> (function of timing, plain or peers, its arguments). What is smaller than the preset says so.
+# The rows: name -> (module.function, its arguments). What is smaller than the preset says so.
 
 CROP = ['--image_size', '(80, 96, 80)', '--checkpointing', 'False']
 LARGE = dict(warm=0, least=2, budget=2.0)  # the step that counts FLOPs warms up
@@ -72,7 +73,7 @@ def rows(peer):
             against_monai(stage, preset, probe=words(batch_size=4 if preset == DEMOS[0] else 1))
         step(f'ours/{preset}/post', 'post', preset)
         step(f'ours/{preset}/regression', 'regression', preset)
-        found[f'ours/{preset}/sample'] = ('timing.sample_rows', dict(preset=preset, least=2, budget=0.5))
+        found[f'ours/{preset}/sample'] = ('timed_inference.sample_rows', dict(preset=preset, least=2, budget=0.5))
         if peer == 'monai':
             found[f'monai/{preset}/sample'] = ('peers.monai_sampler_rows', dict(preset=preset, least=2, budget=0.5))
 
@@ -81,22 +82,22 @@ def rows(peer):
     step('ours/ctp2dwi/aae', 'aae', 'ctp2dwi', words(batch_size=2), some.format(2), **LARGE)
     step('ours/ctp2dwi/unet', 'unet', 'ctp2dwi', words(batch_size=4), some.format(4), **LARGE)
     step('ours/ctp2dwi/post', 'post', 'ctp2dwi', words(batch_size=2), some.format(2), **LARGE)
-    found['ours/ctp2dwi/sample'] = ('timing.sample_rows', dict(preset='ctp2dwi', items=4, ddim=(1, 5), ddpm=(1, 5),
-                                                               warm=0, least=1, budget=0))
+    small = dict(warm=0, least=1, budget=0)
+    found['ours/ctp2dwi/sample'] = ('timed_inference.sample_rows', dict(preset='ctp2dwi', items=4, ddim=(1, 5),
+                                                                        ddpm=(1, 5), **small))
     step('ours/lapt/unet', 'unet', 'lapt', words(batch_size=2), some.format(2), **LARGE)
     step('ours/il_cldm/aae', 'aae', 'il_cldm', CROP, 'crop of 80x96x80', **LARGE)
     step('ours/il_cldm/unet', 'unet', 'il_cldm', words(checkpointing=False), 'without checkpointing', **LARGE)
     step('ours/mri2pet/aae', 'aae', 'mri2pet', **LARGE)
     step('ours/mri2pet/unet', 'unet', 'mri2pet', (), 'FLOPs include the recomputation of checkpointing', **LARGE)
     step('ours/mri2pet/post', 'post', 'mri2pet', (), 'decodes a crop of 96x96x96; checkpointing', **LARGE)
-    found['ours/mri2pet/sample'] = ('timing.sample_rows', dict(preset='mri2pet', ddim=(1, 5), ddpm=(1, 5),
-                                                               warm=0, least=1, budget=0))
+    found['ours/mri2pet/sample'] = ('timed_inference.sample_rows', dict(preset='mri2pet', ddim=(1, 5), ddpm=(1, 5),
+                                                                        **small))
     against_monai('aae', 'ctp2dwi', words(batch_size=2), words(batch_size=1), **LARGE)
     against_monai('unet', 'ctp2dwi', words(batch_size=4), words(batch_size=1), **LARGE)
     against_monai('aae', 'mri2pet', CROP, words(image_size=(32, 48, 32)), **LARGE)
     against_monai('unet', 'mri2pet', words(checkpointing=False), words(image_size=(64, 96, 64)), **LARGE)
     if peer == 'monai':
-        small = dict(warm=0, least=1, budget=0)
         found['monai/ctp2dwi/sample'] = ('peers.monai_sampler_rows',
                                          dict(preset='ctp2dwi', items=4, probe=words(image_size=(96, 112)), **small))
         found['monai/mri2pet/sample'] = ('peers.monai_sampler_rows', dict(
@@ -129,8 +130,6 @@ QUICK = {  # every row's code on tiny networks and images
 
 def measure(name, peer, quick):
     """Measure a row in this process -> list of dicts (one, or one a sampler, a convolution, a count)."""
-    import peers
-    import plain
     import timing
     function, how = rows(peer)[name]
     module, function = function.split('.')
@@ -148,7 +147,7 @@ def measure(name, peer, quick):
         how = dict(counts=(1, 2), shape=(64, 64, 4)) if quick else how
     if 'processes' in name:
         timing.torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get('WORLD_SIZE', 1))))
-    found = getattr(dict(timing=timing, plain=plain, peers=peers)[module], function)(**how)
+    found = getattr(import_module(module), function)(**how)
     size = 'x'.join(map(str, timing.settings(preset, how.get('words', ())).image_size)) if preset else ''
     lines = []
     for row in found if isinstance(found, list) else [found]:

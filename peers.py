@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import optim
+import timed_inference
 import timing
 import utils
 from diffusion import Diffusion
@@ -202,7 +203,7 @@ def monai_sampler_rows(preset, words=(), probe=(), items=None, ddim=(2, 10), ddp
     run, last, name = best_way(cfg, build, preset, [*words, *probe])
     parts, rows = build(cfg, run, items, placer(cfg, run, last))[1], []
     for sampler, (_, wanted, counts) in kinds.items():
-        row = timing.extrapolate(sampler, wanted, lambda n, sampler=sampler: timing.repeat(
+        row = timed_inference.extrapolate(sampler, wanted, lambda n, sampler=sampler: timing.repeat(
             lambda: subject(*parts, sampler, n, run), **how), counts)
         row['note'] = f'{name}; {row["note"]}' + f'; {items} slices, scaled to {whole}' * (items != whole)
         for key in ('seconds_subject', 'tflop'):

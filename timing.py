@@ -1,5 +1,6 @@
 """
-One row of benchmark.py, measured in a process of its own: a training step, a subject translated, a convolution.
+One row of benchmark.py, measured in a process of its own: a training step, a convolution. (A subject translated:
+timed_inference.py.)
 
 Training steps are those of train_aae.py, train_unet.py and post_train.py themselves: their main() runs with a clock in
 place of the stage's files and made samples in place of the cohort's, and is stopped after a few steps.
@@ -13,7 +14,6 @@ import tempfile
 import threading
 import time
 from contextlib import ExitStack, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -30,7 +30,7 @@ import utils
 from diffusion import Diffusion
 from model import AAE, PixelUNet, UNet, latent_grid
 from prior import classes_of
-from translate import Model, Sampling, translate
+from translate import Model
 
 LATER = '--disc_start', '0', '--disc_ramp', '1', '--trim', 'False'
 SCRIPTS = dict(aae=train_aae, unet=train_unet, post=post_train, regression=train_unet)
@@ -270,64 +270,11 @@ def train_step(stage, preset, words=(), swap=None, **how):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# A subject translated, a convolution, a cohort read
+# A convolution, a cohort read
 
 def items_of(cfg):
     """Samples of a subject: the slices with brain of 2D tasks (25, as the phantoms have), one volume in 3D."""
     return 25 if cfg.spatial_dims == 2 else 1
-
-
-def extrapolate(sampler, wanted, measure, counts, rounds=3):
-    """Seconds of `wanted` sampling steps from measure(steps) -> clock's result at two or one of the counts.
-
-    Two counts are measured in turn, `rounds` times, and each one's median taken: other processes come and go.
-    """
-    few, many = min(counts), max(counts)
-    runs = [{n: measure(n) for n in counts} for _ in range(rounds if few < many else 1)]
-    found = {n: dict(runs[0][n], seconds_step=statistics.median(r[n]['seconds_step'] for r in runs)) for n in counts}
-    row, note = dict(found[many]), ''
-    total, tflop = row['seconds_step'], row['tflop']
-    step = total / many
-    if many != wanted:
-        step, tflop_step = ((found[many][k] - found[few][k]) / (many - few) for k in ('seconds_step', 'tflop'))
-        total, tflop = total + (wanted - many) * step, tflop + (wanted - many) * tflop_step
-        note = f'{wanted} steps extrapolated from {few} and {many}'
-    row.update(seconds_step=step, tflop=tflop, gflops=tflop * 1e3 / total, loading=None, seconds_subject=total)
-    return dict(row, sampler=sampler, note=note)
-
-
-def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
-    """One subject by each sampler that the preset's network allows; of `items` slices, scaled to the whole subject.
-
-    one_step_latent: without detail branch and mirrored source. ddim, ddpm: numbers of steps that are measured; other
-    than 50 and 1000 are extrapolated from two of them.
-    """
-    cfg = settings(preset, words)
-    run = utils.Run(cfg.device, cfg.precision, training=False)
-    model = networks(run, cfg).eval()
-    whole = items_of(cfg)
-    items = items or whole
-    shape = items, dataset.Spec.from_settings(cfg).source_channels, *cfg.image_size
-    source = np.random.default_rng(0).normal(0, 0.3, shape).astype(np.float32)
-
-    def subject(name, steps):
-        latent = name == 'one_step_latent'
-        net = replace(model, detail=None) if latent else model
-        way = Sampling(name.removesuffix('_latent'), steps, mirror=cfg.mirror and not latent, eval_batch=cfg.eval_batch)
-        more = {} if name in ('ddim', 'ddpm') else dict(least=3)  # the others are extrapolated from several rounds
-        return repeat(lambda: translate(run, net, source, 'made', way), **how | more)
-
-    plan = [] if cfg.predict == 'eps' else [('one_step', 1, (1,)), ('one_step_latent', 1, (1,))]
-    rows = []
-    for name, wanted, counts in plan + [('ddim', 50, ddim), ('ddpm', cfg.timesteps, ddpm)]:
-        row = extrapolate(name, wanted, lambda n, name=name: subject(name, n), counts)
-        for key in ('seconds_subject', 'tflop'):
-            row[key] *= whole / items
-        if items != whole:
-            row['note'] = '; '.join(filter(None, [row['note'], f'{items} slices, scaled to {whole}']))
-        rows.append(row | dict(batch=items, precision=run.precision,
-                               parameters=sum(p.numel() for p in model.unet.parameters())))
-    return rows
 
 
 def peak_rows(size_2d=(192, 224), size_3d=(40, 48, 40), batch=4, **how):

@@ -3,6 +3,7 @@ import argparse
 import json
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import config
 import layers
 import peers
 import plain
+import timed_inference
 import timing
 import train_unet
 import turns
@@ -93,11 +95,14 @@ def test_the_step_that_is_timed_trains(monkeypatch):
 
 def test_samplers_one_row_each():
     rows = benchmark.measure('ours/ctp2dwi_demo/sample', '', quick=True)
-    assert [r['name'].split('/')[-1] for r in rows] == ['one_step', 'one_step_latent', 'ddim', 'ddpm']
-    one, latent, ddim, ddpm = (r['tflop'] for r in rows)
+    assert [r['name'].split('/')[-1] for r in rows] == [
+        'one_step', 'one_step_latent', 'image_grid', 'image_grid_one_view', 'ddim', 'ddpm']
+    one, latent, alone, view, ddim, ddpm = (r['tflop'] for r in rows)
     assert latent < one / 2 and one < ddim < ddpm
-    assert 'extrapolated from 1 and 2' in rows[3]['note'] and 'scaled to 25' in rows[0]['note']
-    eps = timing.sample_rows('lapt', benchmark.QUICK[2], items=1, ddim=(1, 2), ddpm=(1, 2), warm=0, least=1, budget=0)
+    assert alone == pytest.approx(2 * view) and alone == pytest.approx(one - 2 * latent, rel=0.1)
+    assert 'extrapolated from 1 and 2' in rows[-1]['note'] and 'scaled to 25' in rows[0]['note']
+    eps = timed_inference.sample_rows('lapt', benchmark.QUICK[2], items=1, ddim=(1, 2), ddpm=(1, 2), warm=0,
+                                      least=1, budget=0)
     assert [r['sampler'] for r in eps] == ['ddim', 'ddpm']
 
 
@@ -105,10 +110,10 @@ def test_extrapolation_is_a_line():
     def measure(n):
         return dict(seconds_step=2.0 + 0.5 * n, tflop=1.0 + 0.25 * n)
 
-    row = timing.extrapolate('ddpm', 1000, measure, (5, 15))
+    row = timed_inference.extrapolate('ddpm', 1000, measure, (5, 15))
     assert row['seconds_subject'] == pytest.approx(502.0) and row['seconds_step'] == pytest.approx(0.5)
     assert row['tflop'] == pytest.approx(251.0) and row['gflops'] == pytest.approx(251e3 / 502)
-    assert timing.extrapolate('ddim', 50, measure, (50,))['note'] == ''
+    assert timed_inference.extrapolate('ddim', 50, measure, (50,))['note'] == ''
 
 
 def test_the_clock_leaves_out_the_first_steps(monkeypatch):
@@ -145,7 +150,7 @@ def test_every_row_has_known_settings():
     for peer in ('', 'monai'):
         for name, (function, how) in benchmark.rows(peer).items():
             module, attribute = function.split('.')
-            assert hasattr(dict(timing=timing, plain=plain, peers=peers, turns=turns)[module], attribute)
+            assert hasattr(import_module(module), attribute)
             assert set(how.get('names', [])) <= set(benchmark.rows(peer))
             if 'preset' in how:
                 timing.settings(how['preset'], [*how.get('words', []), *how.get('probe', [])])

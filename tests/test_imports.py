@@ -18,7 +18,7 @@ LEAVES = {'config', 'settings', 'dataset', 'model', 'diffusion', 'losses', 'metr
           'experiment', 'charts', 'montage', 'report'}           # the parts of plot.py
 SCRIPTS = {'phantom', 'translate', 'evaluate', 'outputs', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot',
            'benchmark', 'study', 'trials', 'tables', 'monai_ldm',
-           'timing', 'turns', 'conclusions', 'plain', 'peers'}           # the parts of benchmark.py
+           'timing', 'timed_inference', 'turns', 'conclusions', 'plain', 'peers'}  # the parts of benchmark.py
 MORE = {                                                         # what else a file may import of ours
     'config': {'settings'},
     'model': {'layers', 'prior'},
@@ -33,10 +33,11 @@ MORE = {                                                         # what else a f
     'dataset': {'volume', 'grid', 'splits', 'check', 'subject', 'loader'},
     'train_unet': {'infer'},                                     # validation runs the very code that inference runs
     'post_train': {'infer'},
-    'benchmark': {'timing', 'turns', 'conclusions', 'plain', 'peers'},
+    'benchmark': {'timing', 'timed_inference', 'turns', 'conclusions', 'plain', 'peers'},
     'timing': {'train_aae', 'train_unet', 'post_train', 'translate'},  # the scripts' own steps, with a clock in them
     'plain': {'timing', 'train_aae', 'train_unet'},
-    'peers': {'timing'},
+    'timed_inference': {'timing', 'translate'},
+    'peers': {'timing', 'timed_inference'},
     'monai_ldm': {'peers', 'evaluate', 'translate'},
     'study': {'trials', 'tables'},
     'tables': {'trials'},
