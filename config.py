@@ -123,6 +123,7 @@ label = 'unknown'                # unknown, true (read from data_info.csv, said 
 eval_batch = 32                  # samples a forward pass without gradient
 input = None                     # one new source file instead of a split
 input_mask = None                # its brain mask
+input_composite = None           # amyloid: the mask of the composite in which its SUVR is measured
 out = None                       # output folder for --input
 # ------------------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@ The data set: cached training samples of a list of subjects. Behind it: loader.p
 (one subject in and out), volume.py, grid.py (one volume), splits.py (which file is whose, in which split), check.py.
 
 python dataset.py                            check every file of every split; a line per fault, exit 1 if there is one
+python dataset.py --without_truth            the same of new subjects: sources, masks and composites alone
 python dataset.py --make_splits 0.7,0.1,0.2  write train.txt, validation.txt, test.txt for the subjects that are found
 """
 
@@ -268,11 +269,11 @@ def thread_count():
 # ----------------------------------------------------------------------------------------------------------------------
 # The check
 
-def inspect(spec, table, id):
-    """All that is wrong with one subject, and what the summary says of it."""
+def inspect(spec, table, id, with_truth=True):
+    """All that is wrong with one subject, and what the summary says of it; without truth: Spec.names, and no label."""
     found = dict(faults=[], volumes={})
-    load_subject(spec, id, report=found)
-    if spec.num_classes:
+    load_subject(spec, id, with_truth=with_truth, report=found)
+    if spec.num_classes and with_truth:
         try:
             found['label'] = label_of(table.get(id), spec.num_classes, spec.data_info)
         except DataError as error:
@@ -298,6 +299,11 @@ def _write_splits(spec, shares, seed):
     return 0
 
 
+FLAGS = dict(
+    make_splits=('', 'shares of train, validation and test, e.g. 0.7,0.1,0.2: write the lists'),
+    without_truth=(False, 'new subjects: their sources, masks and composites alone, of the lists that are there'))
+
+
 def main(cfg):
     """Check the data set, or with --make_splits write its lists; exit code 0, or 1 if there is a fault."""
     spec = Spec.from_settings(cfg)
@@ -307,18 +313,21 @@ def main(cfg):
     if cfg.make_splits:
         return _write_splits(spec, cfg.make_splits, cfg.seed)
     lists, faults = read_lists(spec.data_info)
+    if cfg.without_truth and any(lists.values()):  # of new subjects there is one list
+        faults = [(name, text) for name, text in faults if lists.get(name.removesuffix('.txt'), [name])]
+        lists = {split: ids for split, ids in lists.items() if ids}
     try:
         table = read_table(spec.data_info)
     except DataError:
         table = {}  # read_lists has said so
-    return 1 if check.report(lists, faults, lambda id: inspect(spec, table, id), thread_count(), spec) else 0
+    return 1 if check.report(lists, faults, lambda id: inspect(spec, table, id, not cfg.without_truth), thread_count(),
+                             spec) else 0
 
 
 if __name__ == '__main__':
     import config
     try:
-        shares = 'shares of train, validation and test, e.g. 0.7,0.1,0.2: write the lists'
-        code = main(config.load(__doc__, extra={'make_splits': ('', shares)}))
+        code = main(config.load(__doc__, extra=FLAGS))
     except OSError as error:
         sys.exit(f'Error: {error.filename}: {error.strerror}.')
     except Exception as error:

@@ -6,6 +6,7 @@ Part of infer.py; the training stages validate with the very same functions.
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
     mine = list(enumerate(ids))[run.rank::run.world]
     for i, id in tqdm(mine, desc=label or 'evaluate', leave=False, disable=not run.main, mininterval=0.5):
         try:
-            subject = dataset.load_subject(spec, id, with_truth=spec.has_truth(id))
+            subject = load(spec, id)
             start = time.perf_counter()
             pred, std = predict(subject)
             seconds, row = time.perf_counter() - start, dict(ID=id)
@@ -57,6 +58,19 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
             errors.append(f'{id}: {str(err).removeprefix(f"{id}: ")}')
     rows = [row for _, row in sorted(run.gather(rows), key=lambda pair: pair[0])]
     return rows, run.gather(errors)
+
+
+def load(spec, id):
+    """A subject, with its truth if all of it is there. Without truth a composite that cannot be used is left out."""
+    known = spec.has_truth(id)
+    try:
+        return dataset.load_subject(spec, id, with_truth=known)
+    except dataset.DataError as error:
+        if known or 'lesion' not in spec.names(with_truth=False):
+            raise
+        subject = dataset.load_subject(replace(spec, lesion=None), id, with_truth=False)
+        subject.notes.append(f'no composite SUVR: {str(error).removeprefix(f"{id}: ")}')
+        return subject
 
 
 def ms_ssim_scales(spec):
@@ -136,26 +150,27 @@ def calibration_table(counts):
 NUMBERS = dict(ctp2dwi='lesion_head_ml', mri2pet='suvr_pred')  # the one number a subject, by task
 
 
-def number_of(subject, pred, std, spec):
-    """(value, spread, truth) of a subject's one number; None where it has none.
+def number_of(subject, pred, std, spec, mask=None):
+    """(value, spread, truth) of a subject's one number in the mask (None: known_mask); None where it has none.
 
     Stroke, with a lesion head: the lesion's expected volume in ml, the sum of p; spread is the sum of p (1 - p), the
-    volume in doubt; truth nan without a lesion mask. Amyloid, where PET and composite are known: mean SUVR in the
-    composite and mean of the std there.
+    volume in doubt. Amyloid, where the composite is known: mean SUVR there and mean of the std there. truth: nan where
+    it is not known.
     """
-    lesion = None if subject.native_lesion is None else subject.native_lesion & subject.known_mask()
+    mask = subject.known_mask() if mask is None else mask
+    lesion = None if subject.native_lesion is None else subject.native_lesion & mask
     if spec.task == 'ctp2dwi':
         if (p := lesion_map(subject, pred)) is None:
             return None
-        ml, p = float(np.prod(subject.spacing)) / 1000, p[subject.known_mask()].astype(float)  # as lesion_ml
+        ml, p = subject.voxel_ml, p[mask].astype(float)  # as lesion_ml
         truth = np.nan if lesion is None else np.count_nonzero(lesion) * ml
         return float(p.sum()) * ml, float((p * (1 - p)).sum()) * ml, truth
     name = spec.target_names[0]
-    if lesion is None or not lesion.any() or subject.target is None or not volume.in_units(spec.scaling):
+    if lesion is None or not lesion.any() or not volume.in_units(spec.scaling):
         return None
     limits = dataset.scaling_range(spec, name)
     value, spread = subject.to_native(pred)[name][lesion].mean(), std_maps(subject, std, spec)[name][lesion].mean()
-    truth = np.clip(subject.truth()[name][lesion], *limits).mean()
+    truth = np.nan if subject.target is None else np.clip(subject.truth()[name][lesion], *limits).mean()
     return tuple(float(x) for x in (value, spread, truth))
 
 
@@ -194,18 +209,37 @@ def number_row(number, spec, intervals):
     return {f'{name}_low': low, f'{name}_high': high, f'{name}_covered': covered}
 
 
-def number_record(subject, pred, std, spec, intervals):
-    """What a prediction.json says of a subject's number: {name: {value, low_90, high_90}}, {} where it has none."""
+def predicted_row(subject, pred, std, spec, intervals):
+    """
+    What the images say of a subject, whether or not its truth is known; what it has not is left out.
+
+      lesion_head_ml, suvr_pred            its number (NUMBERS), with <number>_low, _high: the 90 % interval
+      lesion_rule_ml                       stroke: volume that the lesion rule finds in the synthetic images
+    All in the whole brain mask, whatever part of it a target reaches.
+    """
+    name, row = NUMBERS[spec.task], {}
+    if (number := number_of(subject, pred, std, spec, subject.native_mask)) is not None:
+        limits = number_row(number, spec, intervals) if name in intervals else {}
+        row = {name: number[0]} | {k: v for k, v in limits.items() if not k.endswith('_covered')}
+    if {'dwi', 'adc'} <= set(spec.targets) and volume.in_units(spec.scaling):
+        image = subject.to_native(pred)
+        found = metrics.lesion_rule(image['dwi'], image['adc'], subject.native_mask, subject.voxel_ml)
+        row['lesion_rule_ml'] = np.count_nonzero(found) * subject.voxel_ml
+    return {key: float(x) for key, x in row.items()}
+
+
+def number_record(row, spec):
+    """What a prediction.json says of predicted_row: {number: {value, low_90, high_90}, lesion_rule_ml: value}."""
     name = NUMBERS[spec.task]
-    number = number_of(subject, pred, std, spec) if name in intervals else None
-    if not (row := number_row(number, spec, intervals)):
-        return {}
-    limits = dict(value=number[0], low_90=row[f'{name}_low'], high_90=row[f'{name}_high'])
-    return {name: {key: round(float(x), 4) for key, x in limits.items()}}
+    said = dict(value=row.get(name), low_90=row.get(f'{name}_low'), high_90=row.get(f'{name}_high'))
+    said = {key: round(x, 4) for key, x in said.items() if x is not None}
+    rest = {key: round(row[key], 4) for key in ('lesion_rule_ml',) if key in row}
+    return ({name: said} if said else {}) | rest
 
 def fitting_ids(cfg, spec, *splits):
-    """The subjects with truth of the lists that are there: a cohort for testing alone has no others."""
-    there = [split for split in splits if Path(cfg.data_info, f'{split}.txt').exists()]
+    """The subjects with truth of the lists that are there, and not empty: a cohort for testing has no others."""
+    lists = {split: Path(cfg.data_info, f'{split}.txt') for split in splits}
+    there = [split for split, path in lists.items() if path.exists() and path.read_bytes().strip()]
     return [id for split in there for id in dataset.read_split(cfg.data_info, split) if spec.has_truth(id)]
 
 
@@ -221,9 +255,6 @@ def fit_intervals(cfg, run, spec, predict, voxels=20000):
     and, where it is known of nine subjects or more, quality.number_fit of the one number a subject, by name (NUMBERS).
     """
     ids, parts, numbers = fitting_ids(cfg, spec, 'validation'), [], []
-    if not ids and run.main:
-        print('no intervals are fitted: there are no validation subjects with truth; if this checkpoint has intervals '
-              'from before, those are taken')
 
     def keep(subject, pred, std):
         inside = np.flatnonzero(subject.known_mask())
@@ -300,6 +331,11 @@ def amyloid_status(cfg, run, spec, predict, table, volumes):
         fit_volumes[subject.id] = mri_volumes(subject)
 
     ids = fitting_ids(cfg, spec, 'train', 'validation')
+    if not ids:
+        if run.main:
+            print('amyloid status is not judged: its thresholds are fitted on training and validation subjects with '
+                  'truth, and the lists name none')
+        return None
     fit, errors = evaluate(run, predict, spec, ids, quick=False, label='fit threshold', on_subject=measure)
     left_out(run, 'the threshold of amyloid status', errors)
     volumes, fit = volumes | dict(run.gather(fit_volumes.items())), pd.DataFrame(fit)

@@ -67,7 +67,7 @@ class Experiment:
     """
     The files of result/<exp>; what is not there is None or empty.
 
-    losses, validations: stage -> table. test, summary, status: test.csv, test_summary.csv, test_status.csv.
+    losses, validations: stage -> table. test, predictions, summary, status: test.csv, test_predictions.csv and so on.
     lesion_head: test_lesion_calibration.csv. settings: config.json. predicted: IDs with a prediction. record: how they
     were made. best: stage -> step of its checkpoint.
     Raises ExperimentError if there is no such folder, nothing in it, or a damaged file.
@@ -89,6 +89,7 @@ class Experiment:
                     tables[stage] = table
         again = 'delete it and run python infer.py again'
         self.test = read_table(self.folder / 'test.csv', ['ID'], again)
+        self.predictions = read_table(self.folder / 'test_predictions.csv', ['ID', 'qc'], again)
         self.summary = read_table(self.folder / 'test_summary.csv', ['metric', 'n', 'mean', 'ci_low', 'ci_high'], again)
         self.status = read_table(self.folder / 'test_status.csv', ['score'], again)
         self.lesion_head = read_table(self.folder / 'test_lesion_calibration.csv', ['mean_p', 'lesion_share'], again)
@@ -118,11 +119,19 @@ class Experiment:
         values = self.status.loc[self.status['score'] == 'synthetic', 'threshold'].dropna()
         return float(values.iloc[0]) if len(values) else None
 
+    def data_root(self, given):
+        """Where the files lie that inference read; `given` by the settings, if that is not known or not there."""
+        root = self.record.get('data_root') or given
+        if root == given or not Path(root).is_dir():
+            return given
+        print(f'the images were made from {root}')
+        return root
+
     def missing(self):
         """One line for each part that is not there."""
         stages = [stage for stage in STAGES[:3] if self.settings.get(f'{stage}_steps') != 0]
-        if set(self.losses) == {'regression'}:  # a U-Net on the image grid, alone
-            stages = []
+        if set(self.losses) == {'regression'} or self.predicted and not (self.losses or self.settings):
+            stages = []  # a U-Net on the image grid, alone; or inference with another experiment's networks
         if self.settings.get('init_from'):
             stages = stages[-1:]  # the earlier ones are in that experiment
         stages = [stage for stage in stages if stage not in self.losses]
@@ -130,5 +139,6 @@ class Experiment:
         if not self.predicted:
             lines.append('synthetic images (pred/): run python infer.py')
         if self.test is None or self.summary is None:
-            lines.append('test.csv and test_summary.csv, the figures against the truth: run python infer.py')
+            lines.append('test.csv and test_summary.csv, the figures against the truth: '
+                         + ('run python infer.py' if self.predictions is None else 'no subject has truth'))
         return lines

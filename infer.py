@@ -4,7 +4,7 @@ metrics.
 
 python infer.py                              the test split of the experiment in config.py
 python infer.py --sampler ddim --num_steps 50 --samples 4
-python infer.py --input FILE --out DIR       one new subject, without truth (--input_mask FILE for its brain mask)
+python infer.py --input FILE --out DIR       one new subject, without truth (--input_mask FILE, --input_composite FILE)
 python infer.py --compare plain,other        no inference: the figures of these experiments' test.csv beside this one's
 torchrun --nproc_per_node=4 infer.py         subjects divided among processes
 
@@ -38,15 +38,19 @@ from evaluate import (
     mri_volumes,
     ms_ssim_scales,
     number_record,
+    predicted_row,
     validate,
 )
 from outputs import (
     keep_aside,
     known_intervals,
+    leave_only,
     move_aside,
+    no_intervals,
     prediction_record,
     save_table,
     settings_of,
+    tables_of,
     write_prediction,
 )
 from translate import (
@@ -73,9 +77,9 @@ def infer_split(cfg, run, model, spec, folder):
     # The true label of a subject reaches the network only if it is asked for, and then the summary says so.
     labels = {}
     if cfg.label == 'true':
-        fitted = [id for split in ('train', 'validation') for id in dataset.read_split(cfg.data_info, split)]
-        labels = dataset.read_labels(cfg.data_info, [*ids, *fitted], cfg.num_classes)
-    how = Sampling.of(cfg, spec)
+        fitted = fitting_ids(cfg, spec, 'train', 'validation')
+        labels = dataset.read_labels(cfg.data_info, list(dict.fromkeys([*ids, *fitted])), cfg.num_classes)
+    how, stem, written = Sampling.of(cfg, spec), tables_of(cfg), []
     record = prediction_record(cfg, model, spec) | dict(split=cfg.split, data_root=cfg.data_root)
 
     def predict(subject, model=model):
@@ -84,12 +88,12 @@ def infer_split(cfg, run, model, spec, folder):
 
     known = run.gather([known_intervals(cfg, model, record)] if run.main else [])[0]
     if run.main:
-        note = keep_aside(folder, record, ids)
+        note = keep_aside(folder, record, ids, stem)
         if note:
             print(note)
-        utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record, f, indent=1), 'w')
+        utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record | known, f, indent=1), 'w')
     run.barrier()
-    beside = {} if cfg.only_model else baselines(cfg, run, model, predict)
+    beside = {} if cfg.only_model or not any(map(spec.has_truth, ids)) else baselines(cfg, run, model, predict)
     fits = {} if cfg.only_model else fit_intervals(cfg, run, spec, predict)
     if fits:
         of = dict(data_root=cfg.data_root, ids=fitting_ids(cfg, spec, 'validation'))
@@ -98,13 +102,17 @@ def infer_split(cfg, run, model, spec, folder):
     if run.main:  # beside the settings they were fitted with, for the subjects to come
         if fits and fits is known.get('intervals'):
             print('the intervals are those that were fitted before with this checkpoint')
+        elif not fits:
+            print(no_intervals(cfg, model, record))
         fitted = record | dict(intervals=fits, fitted_on=of)
         utils.write_atomic(folder / 'inference.json', lambda f: json.dump(fitted, f, indent=1), 'w')
-    qc, volumes, counts, probable = {}, {}, {}, {}
+    qc, volumes, counts, probable, predicted, notes = {}, {}, {}, {}, {}, {}
 
     def keep(subject, pred, std):
         qc[subject.id] = check_source(model, subject)
-        more = dict(qc=qc[subject.id], intervals=fits) | number_record(subject, pred, std, spec, fits)
+        notes[subject.id] = subject.notes
+        predicted[subject.id] = predicted_row(subject, pred, std, spec, fits)
+        more = dict(qc=qc[subject.id], intervals=fits) | number_record(predicted[subject.id], spec)
         if (p := label_probability(run, model, subject.stacked)) is not None:
             more['label_probability'] = probable[subject.id] = p
         write_prediction(folder / 'pred' / subject.id, subject, pred, std, spec, record | more)
@@ -122,7 +130,11 @@ def infer_split(cfg, run, model, spec, folder):
         print(f'the intervals are not judged: they were fitted on {len(seen)} of these subjects')
     rows, errors = evaluate(run, predict, spec, ids, quick=False, label='translate', on_subject=keep,
                             intervals=fits if unseen and not seen else None)
-    qc, volumes, counts, probable = (dict(run.gather(found.items())) for found in (qc, volumes, counts, probable))
+    qc, volumes, counts, probable, predicted, notes = (
+        dict(run.gather(found.items())) for found in (qc, volumes, counts, probable, predicted, notes))
+    noted = [f'{id}: {note}' for id, found in sorted(notes.items()) for note in found]
+    if noted and run.main:
+        print(*noted[:10], *[f'and {len(noted) - 10} more such notes'] * (len(noted) > 10), sep='\n')
     if run.main and (old := move_aside(folder, set(ids) - set(qc))):
         print(f'earlier images of {len(old)} subjects that could not be translated now are in {old[0].parent}')
     flagged = [f'{id}: {text}' for id, text in sorted(qc.items()) if text not in ('ok', '')]
@@ -131,10 +143,22 @@ def infer_split(cfg, run, model, spec, folder):
     without = [row['ID'] for row in rows if set(row) == {'ID', 'seconds'}]
     if without and run.main:
         files = ', '.join(spec.targets[name].format(root=spec.root, id=without[0]) for name in spec.target_names)
-        print(f'{len(without)} of {len(rows)} subjects have no truth, images only: {", ".join(without[:10])}'
+        print(f'{len(without)} of {len(rows)} subjects have no truth, no figures: {", ".join(without[:10])}'
               f'{" .." * (len(without) > 10)} (looked for {files})')
+    def save(table, end):
+        save_table(table, f'{stem}{end}.csv')
+        written.append(f'{stem}{end}.csv')
+
+    if run.main:
+        likely = {id: {f'label_probability_{c}': p for c, p in enumerate(found)} for id, found in probable.items()}
+        said = pd.DataFrame([dict(ID=id, qc=qc.get(id, 'not translated')) | predicted.get(id, {}) | likely.get(id, {})
+                             for id in ids])
+        save(said[[name for name in said if name != 'qc'] + ['qc']], '_predictions')
+        print(f'{stem}_predictions.csv: what the images say of each subject')
     table = pd.DataFrame([row for row in rows if row['ID'] not in without])
     if table.empty:
+        if run.main:
+            leave_only(stem, written)
         return errors
     table = table.assign(qc=table['ID'].map(qc), num_steps=record['num_steps'], samples=record['samples'],
                          ms_ssim_scales=ms_ssim_scales(spec))
@@ -150,28 +174,25 @@ def infer_split(cfg, run, model, spec, folder):
     judged = 'suvr_pred' in table and unseen and not cfg.only_model
     groups = amyloid_status(cfg, run, spec, predict, table, volumes) if judged else None
     if run.main:
-        # validation_*.csv are training curves.
-        name = folder / (cfg.split if cfg.split == 'test' else f'infer_{cfg.split}')
         last = ('label_probability', 'ms_ssim_scales', 'qc', 'num_steps', 'samples', 'seconds')
         last = [c for c in last if c in table]
-        save_table(table[[c for c in table if c not in last] + last], f'{name}.csv')
-        for baseline, t in tables.items():
-            save_table(t, f'{name}_{baseline}.csv')
+        save(table[[c for c in table if c not in last] + last], '')
+        for name, t in tables.items():
+            save(t, f'_{name}')
         summary = metrics.summarise(table, tables, cfg.seed)
         if cfg.label != 'unknown':
             summary['label_given'] = cfg.label
-        save_table(summary, f'{name}_summary.csv')
-        Path(f'{name}_lesion_calibration.csv').unlink(missing_ok=True)
+        save(summary, '_summary')
         if np.any(list(counts.values())):
-            save_table(calibration_table(list(counts.values())), f'{name}_lesion_calibration.csv')
+            save(calibration_table(list(counts.values())), '_lesion_calibration')
         print(f'{len(table)} subjects of the {cfg.split} split, {record["checkpoint"]}, {cfg.sampler}; MS-SSIM over '
               f'{ms_ssim_scales(spec)} scales'
               + (f'; the label was given (--label {cfg.label})' if cfg.label != 'unknown' else ''))
         print(metrics.format_table(summary))
-        Path(f'{name}_status.csv').unlink(missing_ok=True)
         if groups is not None:
-            save_table(groups, f'{name}_status.csv')
+            save(groups, '_status')
             print(groups.set_index('score').T.to_string(float_format=lambda v: f'{v:.4g}'))
+        leave_only(stem, written)
     return errors
 
 
@@ -193,9 +214,8 @@ def baselines(cfg, run, model, predict):
 
     found = dict(mean=lambda subject: (mean_prediction(mean_image, subject), None)) if mean_image else {}
     found |= dict(aae=reconstruct) if first else {}
-    others = ['unet'] if model.stage == 'post' else []
-    if model.stage != 'regression' and checkpoint_path(cfg, 'regression').exists():
-        others.append('regression')
+    others = dict(post=('unet', 'regression'), unet=('regression',)).get(model.stage, ())
+    others = [stage for stage in others if checkpoint_path(cfg, stage).exists()]
     others = {name: load_model(cfg, run, name) for name in others}
     unlike = {name: differing(other.prep, model.prep) for name, other in others.items()}
     for name in [name for name, what in unlike.items() if what and run.main]:
@@ -210,7 +230,7 @@ def compare(cfg):
     Columns as in test_summary.csv, other experiments in place of the baselines. RunError where a table is missing, or
     holds other subjects, or was made from another split or data_root.
     """
-    name = cfg.split if cfg.split == 'test' else f'infer_{cfg.split}'
+    name = tables_of(cfg).name
     others = [word.strip() for word in cfg.compare.split(',')]
     if '' in others or cfg.exp in others or len(set(others)) < len(others):
         raise config.SettingError(f"--compare '{cfg.compare}' must name other experiments than {cfg.exp}, each once, "
@@ -219,6 +239,8 @@ def compare(cfg):
     for exp in [cfg.exp, *others]:
         path = Path('result') / exp / f'{name}.csv'
         if not path.exists():
+            if (path.parent / f'{name}_predictions.csv').exists():
+                raise utils.RunError(f'{path} is missing: no subject there has truth to compare with')
             raise utils.RunError(f'{path} is missing; run python infer.py --exp {exp} first')
         how = settings_of(path.parent / 'inference.json')
         if (how.get('split'), how.get('data_root')) != (cfg.split, cfg.data_root):
@@ -246,7 +268,10 @@ def infer_file(cfg, run, model, spec):
         raise config.SettingError('--input needs --out DIR, the folder for the images')
     if cfg.label == 'true':
         raise config.SettingError('--label true reads data_info.csv, which does not know a new file; give its class')
-    files, out, origin = dict(source=cfg.input, mask=cfg.input_mask), Path(cfg.out), str(Path(cfg.input).resolve())
+    out, origin = Path(cfg.out), str(Path(cfg.input).resolve())
+    files = dict(source=cfg.input, mask=cfg.input_mask, lesion=cfg.input_composite)
+    if cfg.input_composite and spec.task != 'mri2pet':
+        raise config.SettingError('--input_composite is of mri2pet; nothing here is measured in a given region')
     there = [out / f'{name}.nii.gz' for name in spec.targets if (out / f'{name}.nii.gz').exists()]
     if there and settings_of(out / 'prediction.json').get('source') != origin:
         raise config.SettingError(f'{there[0]} is there already and was not made from {cfg.input}; choose another '
@@ -259,8 +284,11 @@ def infer_file(cfg, run, model, spec):
     qc, record = check_source(model, subject), prediction_record(cfg, model, spec)
     more = {} if (p := label_probability(run, model, subject.stacked)) is None else dict(label_probability=p)
     fits = known_intervals(cfg, model, record).get('intervals', {})
-    more |= dict(source=origin, qc=qc, intervals=fits) | number_record(subject, pred, std, spec, fits)
-    write_prediction(out, subject, pred, std, spec, record | more)
+    said = number_record(predicted_row(subject, pred, std, spec, fits), spec)
+    write_prediction(out, subject, pred, std, spec, record | more | dict(source=origin, qc=qc, intervals=fits) | said)
+    print(*[f'{name}: {value}' for name, value in said.items()], sep='\n', end='\n' * bool(said))
+    if not fits:
+        print(no_intervals(cfg, model, record))
     if qc not in ('ok', ''):
         print(f'{subject.id}: the source is {qc}; do not trust the images')
     print(f'{", ".join(f"{name}.nii.gz" for name in spec.targets)} written to {cfg.out}')
@@ -283,15 +311,19 @@ def main():
     if cfg.compare:
         compare(cfg)
         return
+    if not cfg.input and (lone := [name for name in ('input_mask', 'input_composite', 'out') if getattr(cfg, name)]):
+        raise config.SettingError(f'--{lone[0]} is of one new subject: give its source, too, --input FILE')
     run, folder = utils.Run(cfg.device, cfg.precision, training=False), Path('result') / cfg.exp
     model = load_model(cfg, run, cfg.stage)
     if model.prep['task'] != cfg.task or set(model.prep['target_names']) != set(cfg.targets):
-        used = settings_of(folder / 'config.json').get('preset', 'NAME')
+        home = checkpoint_path(cfg, model.stage).parent
+        used = settings_of(home / 'config.json').get('preset', 'NAME')
         theirs, ours = ', '.join(model.prep['target_names']), ', '.join(cfg.targets)
-        raise config.SettingError(f"the checkpoint in {folder} is for {theirs} ({model.prep['task']}), the settings "
+        raise config.SettingError(f"the checkpoint in {home} is for {theirs} ({model.prep['task']}), the settings "
                                   f'are for {ours} ({cfg.task}); give the preset it was trained with: --preset {used}')
     spec = dataset.Spec.from_settings(cfg, **model.prep | of_these_files(cfg))
     check_sampling(cfg, model, spec)
+    run.search_kernels(not spec.trim)
     if run.main:
         print('\n'.join([*cfg.changes(), f'device {run.describe()}', f'model {model.origin}']))
         if cfg.guidance != 1 and cfg.label == 'unknown':
@@ -301,7 +333,8 @@ def main():
         if not model.qc:
             print('sources are not checked: this checkpoint does not say what a good one looks like')
     if cfg.input:
-        infer_file(cfg, run, model, spec)
+        if run.main:
+            infer_file(cfg, run, model, spec)
         return
     errors = infer_split(cfg, run, model, spec, folder)
     if errors:

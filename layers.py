@@ -159,7 +159,7 @@ class PlainBlock(nn.Module):
 
     def forward(self, x):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._block, x, use_reentrant=False)
+            return checkpoint(self._block, x, use_reentrant=False, preserve_rng_state=False)
         return self._block(x)
 
     def _block(self, x):
@@ -180,7 +180,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x, emb=None):
         if self.recompute and torch.is_grad_enabled():
-            return checkpoint(self._block, x, emb, use_reentrant=False)
+            return checkpoint(self._block, x, emb, use_reentrant=False, preserve_rng_state=False)
         return self._block(x, emb)
 
     def _block(self, x, emb):

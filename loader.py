@@ -70,17 +70,18 @@ class _Batches:
             self.step += 1
 
 
-def loader(cohort, batch_size, seed, start_step, rank=0, world=1, workers=0, shift=0):
+def loader(cohort, batch_size, seed, start_step, rank=0, world=1, workers=0, shift=0, pin=False):
     """Endless batches, a pure function of (seed, rank, step): a resumed run draws the same; workers only read ahead.
 
     With cohort.spec.trim a batch holds samples of like size in one box, each moved by up to `shift` voxels or more.
+    pin: what workers read lies in pinned memory, from which it goes to a GPU without waiting.
     """
     batches = _Batches(cohort, batch_size, seed, start_step, rank, world, shift)
     if workers == 0:
         return map(cohort.__getitems__, batches)
     # Begun here, not at the first batch: it draws a random number, and the step's noise must not depend on that.
     return _raised(iter(torch.utils.data.DataLoader(_Reader(cohort), batch_sampler=batches, num_workers=workers,
-                                                    collate_fn=_as_is)))
+                                                    collate_fn=_as_is, pin_memory=pin)))
 
 
 class _Reader(torch.utils.data.Dataset):

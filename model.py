@@ -229,7 +229,7 @@ class UNet(nn.Module):
                 x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
             return x
         if self.checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(layers, x, emb, use_reentrant=False)
+            return checkpoint(layers, x, emb, use_reentrant=False, preserve_rng_state=False)
         return layers(x, emb)
 
     def forward(self, z_t, t, source=None, label=None, cond=None, features=False):

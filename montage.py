@@ -40,6 +40,11 @@ class Case:
     focal: bool = True                                 # show where most of the lesion is, else the brain's middle
     probability: np.ndarray | None = None              # of a lesion, 0..1, as the lesion head says
 
+    @property
+    def region(self):
+        """Where to look: at the lesion, or, where it is not known, at what was found; None: at the brain's middle."""
+        return (self.found if self.lesion is None else self.lesion) if self.focal else None
+
 
 @dataclass
 class Image:
@@ -92,7 +97,7 @@ class View:
 
     def __init__(self, case, plane):
         self.case, self.plane = case, plane
-        self.index = best_index(case.mask, case.lesion if case.focal else None, plane, case.affine)
+        self.index = best_index(case.mask, case.region, plane, case.affine)
         ras = to_ras(case.mask, case.affine)
         codes = nib.io_orientation(case.affine)[:, 0].astype(int)
         size = np.empty(3)
@@ -296,5 +301,5 @@ def draw_overview(path, cases, planes, windows, units, title, names, dpi=110):
                 view.outline(ax, case.found if kind == 'synthetic' else None, FOUND_COLOUR, 1.1)
                 if row == 0 and bars[column]:
                     sheet.bar(0, column, shown, units[target], len(cases))
-    note = f'true and synthetic: the same window in every row; {NOTE}'
+    note = f'the same window in every row; {NOTE}'
     sheet.finish(path, title, outlines(cases[0], names), note, dpi)

@@ -61,7 +61,10 @@ class Muon(torch.optim.Optimizer):
                     by_shape.setdefault(p.shape, []).append(p)
             for shape, params in by_shape.items():
                 grads = [p.grad for p in params]
-                momenta = [self.state[p].setdefault('momentum', torch.zeros_like(p)) for p in params]
+                for p in params:
+                    if not self.state[p]:
+                        self.state[p]['momentum'] = torch.zeros_like(p)
+                momenta = [self.state[p]['momentum'] for p in params]
                 torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
                 directions = torch._foreach_lerp(grads, momenta, group['momentum'])
                 updates = orthogonalise(torch.stack([u.flatten(1) for u in directions]), self.dtype)

@@ -56,10 +56,19 @@ def settings_of(path):
     return {name: value for name, value in found.items() if name not in ('intervals', 'fitted_on')}
 
 
-def keep_aside(folder, record, ids):
+TABLES = ('', '_predictions', '_summary', '_status', '_lesion_calibration', '_mean', '_aae', '_unet', '_regression')
+
+
+def tables_of(cfg):
+    """What the names of a split's tables begin with: result/<exp>/test (validation_*.csv are training curves)."""
+    return Path('result') / cfg.exp / (cfg.split if cfg.split == 'test' else f'infer_{cfg.split}')
+
+
+def keep_aside(folder, record, ids, stem):
     """Nothing is overwritten silently: results of other settings move to old_<n>; replacing the same ones is said.
 
-    Of the same settings, too, the images of subjects that are not on the list (`ids`) any more move there.
+    Of the same settings, too, the images of subjects that are not on the list (`ids`) any more move there, with the
+    tables (stem: tables_of) that name them.
     """
     old = folder / 'inference.json'
     if not (folder / 'pred').exists():
@@ -69,6 +78,9 @@ def keep_aside(folder, record, ids):
     if same:
         said = f'replacing the predictions of {when}, made with the same checkpoint and settings'
         gone = move_aside(folder, {path.name for path in (folder / 'pred').iterdir()} - set(ids))
+        for path in map(Path, (f'{stem}{end}.csv' for end in TABLES) if gone else ()):
+            if path.exists():
+                shutil.move(path, gone[0].parent.parent / path.name)
         return said + (f'; those of {len(gone)} subjects that are not on the list now are in {gone[0].parent}' if gone
                        else '')
     aside = utils.old_folder(folder)
@@ -89,6 +101,12 @@ def move_aside(folder, ids):
     return [Path(shutil.move(path, aside / path.name)) for path in there]
 
 
+def leave_only(stem, written):
+    """Remove the tables of an earlier inference that this one did not write: they would pass for its own."""
+    for path in {f'{stem}{end}.csv' for end in TABLES} - set(written):
+        Path(path).unlink(missing_ok=True)
+
+
 def save_table(table, path):
     utils.write_atomic(path, lambda f: table.to_csv(f, index=False, float_format='%.6g'), 'w')
 
@@ -107,3 +125,17 @@ def known_intervals(cfg, model, record):
         if found and all('half' in found.get(name, ()) for name in model.prep['target_names']):  # of this version
             return dict(intervals=found, fitted_on=said.get('fitted_on', {}))
     return {}
+
+
+WAYS = 'sampler num_steps samples guidance label mirror seed lesion_odds lesion_core'.split()
+
+
+def no_intervals(cfg, model, record):
+    """The sentence that says how to get intervals, where there are none; record: of this inference."""
+    home = checkpoint_path(cfg, model.stage).parent
+    last = settings_of(home / 'inference.json')
+    other = [name for name in WAYS if last.get(name, record[name]) != record[name]]
+    other = [f'{name} {last[name]}, not {record[name]}' for name in other]
+    other = ['another checkpoint'] if last.get('weights', record['weights']) != record['weights'] else other
+    return (f'no intervals: python infer.py --exp {home.name} fits them, on validation subjects with truth, for the '
+            'same checkpoint and settings' + (f' (its last inference had {", ".join(other)})' if other else ''))

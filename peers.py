@@ -146,12 +146,12 @@ def placer(cfg, run, last):
 
 def best_way(cfg, build, preset, probe):
     """The fastest of MONAI's settings on this machine, tried with few samples or a crop: (run, last, name)."""
-    small = timing.settings(preset, probe)
-    found = {}
-    for precision, last in layouts(cfg):
+    small, found, ways = timing.settings(preset, probe), {}, layouts(cfg)
+    for precision, last in ways * 3:  # three rounds, the fastest counts: other processes come and go
         run = utils.Run(cfg.device, precision)
         step = build(small, run, small.batch_size, placer(small, run, last))[0]
-        found[precision, last] = timing.repeat(step, warm=0, least=2, budget=0.2, trial=True)['seconds_step']
+        seconds = timing.repeat(step, warm=0, least=2, budget=0.2, trial=True)['seconds_step']
+        found[precision, last] = min(seconds, found.get((precision, last), seconds))
     precision, last = min(found, key=found.get)
     return utils.Run(cfg.device, precision), last, f'{precision} {"channels_last" if last else "contiguous"}'
 

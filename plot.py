@@ -198,11 +198,14 @@ def draw_subjects(spec, run, fig, facts, faults):
     units = {target: montage.unit_of(target, spec.scaling[target]) for target in spec.target_names}
     planes = ('axial', 'coronal', 'sagittal') if spec.spatial_dims == 3 else ('axial',)
     path = fig / 'montage.png'
-    title = f'{run.name}: source, true and synthetic images of the {run.record.get("split", "test")} subjects'
+    known = any(case.truth for case in cases)
+    title = (f'{run.name}: source{", true" * known} and synthetic images of the {run.record.get("split", "test")} '
+             'subjects')
     montage.draw_overview(path, cases, planes[:2], windows, units, title, names)
-    slices = 'The slice with the largest area of the true lesion, else' if spec.task == 'ctp2dwi' else 'Slices through'
+    slices = ('The slice with the largest area of the true lesion (where it is not known, of the one found), else'
+              if spec.task == 'ctp2dwi' else 'Slices through')
     figures = [(path, f'One row a subject, chosen by rule: {rule}. {slices} the middle of the brain; the same grey '
-                      'values in every row, true and synthetic.')]
+                      'values in every row.')]
     for case in cases:
         path = fig / f'montage_{re.sub(r"[^A-Za-z0-9._-]", "_", case.id)}.png'
         case.title = case.title.replace('\n', '; ')
@@ -210,7 +213,8 @@ def draw_subjects(spec, run, fig, facts, faults):
             ml = np.count_nonzero(case.found) * abs(np.linalg.det(case.affine[:3, :3])) / 1000
             case.title += f'{"; " if case.title else ""}the rule finds {ml:.3g} ml on the synthetic images'
         montage.draw_case(path, case, planes, windows, units, names)
-        figures.append((path, f'{case.id}, {case.title}. Error: synthetic minus true, white is zero.'))
+        error = ' Error: synthetic minus true, white is zero.' if case.truth else ''
+        figures.append((path, f'{", ".join(filter(None, [case.id, case.title]))}.{error}'))
     return figures
 
 
@@ -299,8 +303,9 @@ def facts_of(spec, run):
         rows += [('sampler', ', '.join(sampler)),
                  ('label given to the network', label), ('split', record.get('split', '-')),
                  ('units', ', '.join(f'{name}: {unit}' for name, unit in record.get('units', {}).items()))]
-    if run.test is not None and 'qc' in run.test:
-        checked = run.test.dropna(subset='qc')
+    checked = run.predictions if run.predictions is not None else run.test
+    if checked is not None and 'qc' in checked:
+        checked = checked.dropna(subset='qc')
         flagged = ', '.join(checked.loc[checked['qc'] != 'ok', 'ID']) or 'none'
         rows.append(('sources unlike the training set', flagged if len(checked) else 'not checked'))
     return rows
@@ -323,6 +328,9 @@ def write_report(spec, run, figures, faults):
     constants = json.loads(json.dumps(config.DEFAULTS))  # tuples become lists, as in the file
     changed = [(name, value, constants.get(name, '-')) for name, value in run.settings.items()
                if value != constants.get(name)]
+    if run.predictions is not None:
+        more += report.details(f'test_predictions.csv, {len(run.predictions)} subjects',
+                               report.table(run.predictions, 'predictions'))
     if run.test is not None:
         more += report.details(f'test.csv, {len(run.test)} subjects', report.table(run.test, 'test'))
     if run.log:
@@ -347,6 +355,7 @@ def write_report(spec, run, figures, faults):
 def main():
     cfg = config.load(__doc__)
     run = Experiment(cfg.exp)
+    cfg.data_root = run.data_root(cfg.data_root)
     spec = make_spec(cfg, run.folder, run.record.get('settings'))
     fig, faults = run.folder / 'fig', {}
     fig.mkdir(exist_ok=True)

@@ -155,7 +155,7 @@ def main():
     if cfg.detail_branch and stage.step == 0:
         stage.log(f'the detail branch starts {origin}')
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
-                             cfg.shift)
+                             cfg.shift, pin=run.device.type == 'cuda')
     current, how, diffusion = averaged(model, ema.net), Sampling.of(cfg, spec), model.diffusion
 
     def predict(subject):
@@ -191,14 +191,16 @@ def main():
         parts = []
         arrays = (z_0, t, eps, batch['source'], label, goal, batch['mask'], batch['lesion'])
         for z, tt, e, source, y, target, mask, lesion in zip(*[x.chunk(cfg.accumulate) for x in arrays], strict=True):
+            crop = cfg.crop if spec.spatial_dims == 3 else None  # decode only a part: memory
+            if crop:  # drawn before the U-Net is at work: it waits for a GPU
+                starts, weight = draw_crops(lesion, mask >= 0 if before else mask, crop)
             with run.autocast():
                 loss, z_0_hat, features = estimate(model, z, tt, e, source, y)
                 part, shares = {}, model.shares(source, y)
-                if cfg.crop and spec.spatial_dims == 3:  # decode only a part: memory
-                    starts, weight = draw_crops(lesion, mask >= 0 if before else mask, cfg.crop)
+                if crop:
                     part = dict(weight=weight, voxels=(losses.count(mask), losses.count(lesion)))
-                    z_0_hat, features = (cut(x, starts, cfg.crop, factor=4) for x in (z_0_hat, features))
-                    source, target, mask, lesion = (cut(x, starts, cfg.crop) for x in (source, target, mask, lesion))
+                    z_0_hat, features = (cut(x, starts, crop, factor=4) for x in (z_0_hat, features))
+                    source, target, mask, lesion = (cut(x, starts, crop) for x in (source, target, mask, lesion))
                 pred, logit = model.decode(z_0_hat, source, features, shares, logit=True, odds=cfg.lesion_odds)
             errors = torch.stack([*losses.post_training_error(pred.float(), target, mask, lesion, cfg.post_loss,
                                                               cfg.lesion_floor, **part),

@@ -83,7 +83,8 @@ class LabelPrior(nn.Module):
     def forward(self, source):
         """Probabilities (B, classes) of sources (B, C, *S)."""
         with torch.autocast(source.device.type, enabled=False):
-            return (self.histogram(source) @ self.weight.T + self.bias).softmax(1)
+            scores = (self.histogram(source)[:, None] * self.weight).sum(2)  # not a product of matrices: TF32 rounds
+            return (scores + self.bias).softmax(1)
 
     def shares(self, source, label=None, power=POWER):
         """What of each class's image a prediction holds, (B, classes), summing to 1.

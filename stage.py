@@ -112,6 +112,7 @@ class Stage:
 
     def __init__(self, run, cfg, name, fixed, **more):
         self.run, self.cfg, self.name, self.folder = run, cfg, name, Path('result') / cfg.exp
+        run.search_kernels(not cfg.trim)
         self.fixed = {key: getattr(cfg, key) for key in fixed}
         self.fixed |= dict(precision=run.precision) | more
         self.fixed = json.loads(json.dumps(self.fixed))  # tuples become lists, as in the file

@@ -84,8 +84,8 @@ class Spec:
             return True  # there, but with a fault that load_subject tells
 
     def names(self, with_truth=True):
-        """The volumes of a subject, the source first."""
-        truth = (*self.target_names, 'lesion') if with_truth else ()
+        """The volumes of a subject, the source first; without truth no target, and as lesion mri2pet's composite."""
+        truth = (*self.target_names, 'lesion') if with_truth else ('lesion',) if self.task == 'mri2pet' else ()
         return [name for name in ('source', 'mask', *truth) if name not in ('mask', 'lesion') or getattr(self, name)]
 
 
@@ -186,8 +186,8 @@ def _as_volume(array, spatial_dims):
 
 
 def load_subject(spec, id=None, files=None, with_truth=True, report=None):
-    """Read and preprocess one subject: by ID through the templates, or, in no list, files = {'source': path, 'mask':
-    path or None}. with_truth=False reads source and mask alone. A lesion file may be absent (the cohort needs it).
+    """Read and preprocess one subject: by ID through the templates, or, in no list, files = {name: path or None} of
+    'source', 'mask', 'lesion'. with_truth: Spec.names. A lesion file may be absent (the cohort needs it).
 
     Raises DataError 'ID: sentence' at the first fault. With report, a dict, all faults are gathered in report['faults']
     and what was read is described in report['volumes'] instead, and nothing is returned.
@@ -216,10 +216,8 @@ def load_subject(spec, id=None, files=None, with_truth=True, report=None):
     except DataError as error:
         fault(error)
         return None
-    masks = {name: _move_mask(mask, own, volumes[name]) for name in volumes}
-    lesion = None
-    if 'lesion' in volumes:
-        drawn = volumes['lesion']
+    masks, lesion = {name: _move_mask(mask, own, volumes[name]) for name in volumes}, None
+    if drawn := volumes.get('lesion'):
         try:
             lesion = check.binary(drawn.path, drawn.array)
             same_grid = has_mask_file and drawn.affine is own.affine
@@ -245,6 +243,8 @@ def load_subject(spec, id=None, files=None, with_truth=True, report=None):
 
     # The working grid: that of the source (resample: of the first target, where it is there), turned, spaced, cropped.
     shape, affine = _reference(spec, id, files, volumes)
+    if spec.resample and not targets and None in spec.spacing and affine is source.affine:
+        notes.append('no target: the slices are those of the source; in training they were those of the first target')
     shape, affine = grids.turn_and_space(shape, affine, spec.spacing)
     working = grids.onto(mask[None].astype(np.float32), own.affine, affine, shape)[0] >= 0.5
     size = (*(spec.image_size or (None,) * spec.spatial_dims), None)[:3]
@@ -328,7 +328,7 @@ def _binary_onto(array, affine, grid, flat):
 def _read_files(spec, id, files, with_truth, fault, report):
     """dict name -> Volume of all files that can be read and lie on one grid (or anywhere, with resample)."""
     volumes = {}
-    for name in spec.names(with_truth) if files is None else [name for name in ('source', 'mask') if files.get(name)]:
+    for name in spec.names(with_truth) if files is None else list(filter(files.get, ('source', 'mask', 'lesion'))):
         try:
             path = spec.path(name, id) if files is None else files[name]
             if not os.path.isfile(path):
@@ -341,7 +341,7 @@ def _read_files(spec, id, files, with_truth, fault, report):
                 report['volumes'][name] = check.facts(volume, spec.frame_interval)
             volumes[name] = volume
         except DataError as error:
-            if name == 'lesion' and report is None and isinstance(error, MissingFile):
+            if name == 'lesion' and not (report and with_truth) and isinstance(error, MissingFile):
                 continue  # needed in training only: Cohort asks for it
             fault(error)
     return _same_grid(volumes, spec.resample, fault)

@@ -58,6 +58,7 @@ def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
     """
     cfg = config.load('', ['--preset', preset, *words])
     run = utils.Run(cfg.device, cfg.precision, training=False)
+    run.search_kernels(not cfg.trim)
     model = networks(run, cfg).eval()
     alone = PixelUNet(**dict(model.detail.args, with_image=False, feature_channels=0)) if model.detail else None
     alone = Model(regression=run.place(alone)).eval() if alone else None

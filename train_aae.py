@@ -87,7 +87,7 @@ def main():
         return
     mean_image = cohort.mean_image()
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
-                             cfg.shift)
+                             cfg.shift, pin=run.device.type == 'cuda')
 
     for step in range(stage.step, cfg.aae_steps + 1):
         # Evaluate the averaged weights; the row at step 0 is the untrained network.

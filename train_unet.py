@@ -64,7 +64,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
         return
     qc = fit_quality(spec, cohort, validation_ids) if run.main else None
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
-                             cfg.shift)
+                             cfg.shift, pin=run.device.type == 'cuda')
     current, how = Model(model.aae, ema.net, diffusion), Sampling.of(cfg, spec)
 
     def predict(subject):
@@ -136,7 +136,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
     more = dict(qc=fit_quality(spec, cohort, validation_ids),
                 mean_image=dataset.Cohort(replace(spec, context=0), train_ids).mean_image()) if run.main else {}
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
-                             cfg.shift)
+                             cfg.shift, pin=run.device.type == 'cuda')
     trained, current = Model(None, regression=net), Model(None, regression=ema.net)
     how = Sampling.of(cfg, spec)
 

@@ -4,6 +4,7 @@ From source to prediction: the trained networks of an experiment, loaded from it
 Part of infer.py: validation during training and batch inference both go through `translate`.
 """
 
+import json
 import math
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -113,9 +114,16 @@ def check_sampling(cfg, model, spec):
 OLDER = dict(context=0, trim=False)  # what a checkpoint means that does not say it
 
 def checkpoint_path(cfg, stage):
-    """The checkpoint of an earlier stage: in result/<exp>, or in result/<init_from> where this experiment has none."""
-    own = Path('result') / cfg.exp / f'{utils.BEST[stage]}.pth.tar'
-    return Path('result') / cfg.init_from / own.name if cfg.init_from and not own.exists() else own
+    """The checkpoint of an earlier stage: in result/<exp>, or, where this experiment has none, in result/<init_from>,
+    or in what that one began from."""
+    path, places, exp = Path('result') / cfg.exp / f'{utils.BEST[stage]}.pth.tar', [], cfg.init_from
+    while exp and not path.exists() and exp not in places:
+        path, places = Path('result') / exp / path.name, [*places, exp]
+        try:
+            exp = json.loads((path.parent / 'config.json').read_text()).get('init_from')
+        except (OSError, ValueError, AttributeError):
+            exp = None
+    return path if path.exists() or not places else Path('result') / cfg.init_from / path.name
 
 
 def differing(theirs, ours, source=True):

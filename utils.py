@@ -131,8 +131,10 @@ class Run:
                            'use auto, cpu or cuda:N') from None
         if self.device.type == 'cuda':
             torch.cuda.set_device(self.device)
-            torch.backends.cudnn.benchmark = True
-        if self.world > 1 and not dist.is_initialized():
+            self.search_kernels(True)
+        # torchrun's one process, too, speaks to a group: the same code, whatever their number.
+        self.torchrun = self.world > 1 or 'TORCHELASTIC_RUN_ID' in os.environ
+        if self.torchrun and not dist.is_initialized():
             try:
                 dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=PATIENCE)
             except (RuntimeError, ValueError) as err:
@@ -158,8 +160,14 @@ class Run:
         name = torch.cuda.get_device_name(self.device) if cuda else f'{torch.get_num_threads()} threads'
         return f'{self.device} ({name}), {self.precision}, {self.world} process{"es" * (self.world > 1)}'
 
+    @staticmethod
+    def search_kernels(on):
+        """Whether cuDNN tries its kernels for each new size of input: not where there are many sizes (boxes)."""
+        torch.backends.cudnn.benchmark = on
+
     def place(self, net, grid=()):
-        """A network on the device, its convolutions channels-last: faster on a CPU, in 2D and 3D (CUDA: not measured).
+        """A network on the device, its convolutions channels-last: faster on a CPU, in 2D and 3D. On CUDA in half
+        precision alone (not measured); there volumes need it: contiguous ones miss cuDNN in some versions of PyTorch.
 
         Not so on a CPU with AVX-512 where the grid that it works on, if told, has at most 2048 positions (group norm
         takes longer), nor without AVX-512 to train in 2D (the gradient of the weights takes half as long again, or
@@ -168,14 +176,14 @@ class Run:
         three_d = any(isinstance(m, torch.nn.Conv3d) for m in net.modules())
         small = grid and math.prod(grid) <= 2048
         slow = small if 'avx512f' in cpu_flags() else self.training and not three_d
-        if self.device.type == 'cpu' and slow:
+        if slow if self.device.type == 'cpu' else self.precision == 'fp32':
             return net.to(self.device)
         return net.to(self.device, memory_format=torch.channels_last_3d if three_d else torch.channels_last)
 
     @torch.no_grad()
     def same_start(self, *nets):
         """The first process's weights for all: what each has computed from the data may differ between machines."""
-        for net in nets if self.world > 1 else ():
+        for net in nets if self.torchrun else ():
             for tensor in [*net.parameters(), *net.buffers()]:
                 first = tensor.contiguous()
                 dist.broadcast(first, 0)
@@ -186,21 +194,21 @@ class Run:
 
     def mean(self, values):
         """Mean of a tensor over the processes."""
-        if self.world > 1:
+        if self.torchrun:
             dist.all_reduce(values)
             values /= self.world
         return values
 
     def gather(self, rows):
         """Lists of Python objects from all processes, joined, on every process."""
-        if self.world == 1:
+        if not self.torchrun:
             return list(rows)
         parts = [None] * self.world
         dist.all_gather_object(parts, list(rows))
         return [row for part in parts for row in part]
 
     def barrier(self):
-        if self.world > 1:
+        if self.torchrun:
             dist.barrier()
 
     def backward(self, loss):
@@ -209,7 +217,7 @@ class Run:
     def update(self, opt, clip):
         """Average gradients over the processes, clip their norm, step the optimiser; returns the norm."""
         params = [p for group in opt.param_groups for p in group['params']]
-        if self.world > 1:
+        if self.torchrun:
             flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in params])
             self.mean(flat)
             for p, g in zip(params, flat.split([p.numel() for p in params]), strict=True):

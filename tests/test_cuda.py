@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import optim
+import prior
 import timing
 import utils
 
@@ -72,7 +73,8 @@ def test_an_image_of_the_gpu_is_that_of_the_cpu(task, sampling):
 def test_every_stage_trains_in_half_precision_and_resumes(task, precision):
     words, exp, targets = TASKS[task]
     make_data(task)
-    train(words, [4, 8], '--precision', precision, '--checkpointing', 'True', '--accumulate', '2')
+    crop = ('--crop', '(8, 8, 8)') if task == 'amyloid' else ()  # as the full-size preset has it
+    train(words, [4, 8], '--precision', precision, '--checkpointing', 'True', '--accumulate', '2', *crop)
     assert finite(exp) or precision == 'fp16'  # the scaler skips a step whose gradient overflows
     for name in ('aae', 'unet', 'regression', 'post'):
         last = made_runs.loaded(f'result/{exp}/last_{name}.pth.tar')
@@ -81,6 +83,29 @@ def test_every_stage_trains_in_half_precision_and_resumes(task, precision):
                    if isinstance(v, torch.Tensor) and v.is_floating_point())
     made_runs.call('infer', *words, *ON_CUDA, '--precision', precision)
     assert all(np.isfinite(image).all() for image in images(exp, targets).values())
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_an_image_in_bf16_is_that_in_fp32_but_for_rounding(task):
+    words, exp, targets = TASKS[task]
+    make_data(task)
+    train(words, [6], '--precision', 'fp32')
+    found = {}
+    for precision in ('bf16', 'fp32'):
+        made_runs.call('infer', *words, '--precision', precision, *ON_CUDA, '--only_model')
+        found[precision] = images(exp, targets)
+    assert found['fp32'] and set(found['fp32']) == set(found['bf16'])
+    for name, image in found['fp32'].items():
+        difference = np.abs(image - found['bf16'][name]).max()
+        assert 0 < difference < 0.05 * np.abs(image).max(), name
+
+
+def test_the_label_prior_of_the_gpu_is_that_of_the_cpu():
+    run, net = utils.Run('cuda'), prior.LabelPrior(1, 2)  # where it is fast, products of matrices are rounded to TF32
+    net.weight.normal_(generator=torch.Generator().manual_seed(0))
+    source = torch.rand(4, 1, 16, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    there = net.to(run.device)(source.to(run.device)).cpu()
+    assert there.std() > 0.01 and torch.allclose(net.cpu()(source), there, atol=1e-5)
 
 
 def descent(kind, nets, precision=''):
@@ -108,6 +133,7 @@ def test_training_on_the_gpu_follows_training_on_the_cpu(monkeypatch):
 
 
 def test_torchrun_on_the_gpu():
+    """One process, which speaks to a group of NCCL all the same."""
     words, exp, _ = TASKS['stroke']
     make_data('stroke')
     for script, *mode in STAGES:

@@ -34,7 +34,7 @@ from dataset import DataError
 
 def check(capsys, cfg):
     """(exit code, fault lines, other lines) of the checker."""
-    cfg.make_splits = ''
+    cfg.make_splits, cfg.without_truth = '', False
     code = dataset.main(cfg)
     lines = capsys.readouterr().out.splitlines()
     return (

@@ -117,12 +117,12 @@ def test_layout(layout, repo, monkeypatch, capsys):
     monkeypatch.setattr(config, 'PRESETS', config.PRESETS | presets_of_the_readme(repo))
     values = config.PRESETS[layout]
     ids = LAYOUTS[layout](values['data_root'])
-    dims = config.load('', ['--preset', layout], extra={'make_splits': ('', '')}).spatial_dims
+    dims = config.load('', ['--preset', layout], extra=dataset.FLAGS).spatial_dims
     spacing, size = ('(8, 8, 8)', (24, 28, 24)) if layout != 'adni' else ('(5, 5, 5)', (36, 44, 40))
     words = ['--preset', layout, '--spacing', spacing, '--image_size', str(size[:dims])]
 
     def run(*more):
-        code = dataset.main(config.load('', [*words, *more], extra={'make_splits': ('', '')}))
+        code = dataset.main(config.load('', [*words, *more], extra=dataset.FLAGS))
         return code, capsys.readouterr().out
 
     assert run('--make_splits', '0.5,0.25,0.25')[0] == 0
@@ -156,7 +156,7 @@ def test_layout(layout, repo, monkeypatch, capsys):
 def test_summary_is_indented(capsys):
     write_stroke()
     cfg = settings()
-    cfg.make_splits = ''
+    cfg.make_splits, cfg.without_truth = '', False
     assert dataset.main(cfg) == 0
     out, err = capsys.readouterr()
     assert all(line.startswith('  ') for line in out.splitlines())

@@ -147,7 +147,7 @@ def test_two_processes_with_the_same_gradients_step_as_one(kind, channels_last, 
     nets = []
     for world in (1, 2):
         run, net = utils.Run('cpu', 'fp32'), one_conv(channels_last)
-        run.world, opt = world, optim.make(kind, [(net, 1.0)])
+        run.world, run.torchrun, opt = world, world > 1, optim.make(kind, [(net, 1.0)])
         for seed in range(3):
             step_of(net, opt, lambda opt, run=run: run.update(opt, 1e9), seed)
         nets.append(net)
@@ -163,7 +163,7 @@ def test_all_processes_start_as_the_first(monkeypatch):
     run = utils.Run('cpu', 'fp32')
     run.same_start(net)
     assert not same_weights(net, first)  # one process: nothing to do
-    run.world = 2
+    run.world, run.torchrun = 2, True
     run.same_start(net)
     assert same_weights(net, first)
     assert net[0].weight.is_contiguous(memory_format=torch.channels_last)

@@ -74,6 +74,10 @@ def mask(task, id):
     return Path('data', id, 'mask.nii.gz') if task == 'ctp2dwi' else next(Path('data/mask').glob(f'{id}.nii*'))
 
 
+def composite(id):
+    return next(Path('data/roi').glob(f'{id}.nii*'), 'none')
+
+
 def images(folder):
     return {str(p.relative_to(folder)): np.asanyarray(nib.load(p).dataobj) for p in sorted(folder.rglob('*.nii.gz'))}
 
@@ -412,7 +416,7 @@ def test_a_test_subject_without_truth_gets_images_and_loses_no_table(trained, ca
     finally:
         Path('aside').rename(file)
     said = capsys.readouterr().out
-    assert f'1 of {1 + len(others)} subjects have no truth, images only: {lone} (looked for ' in said
+    assert f'1 of {1 + len(others)} subjects have no truth, no figures: {lone} (looked for ' in said
     for name in ('test', 'test_aae', 'test_unet'):
         assert [row['ID'] for row in table(folder / f'{name}.csv')] == others
     assert (folder / 'pred' / lone / f'{settings["targets"][0]}.nii.gz').exists()
@@ -450,14 +454,41 @@ def test_the_number_of_a_subject_has_an_interval(trained):
         assert 0 <= region <= 1 or not float(row.get('lesion_ml', 1))
     summary = {row['metric'] for row in table(Path('result/number/test_summary.csv'))}
     assert f'{name}_covered' in summary and not summary & {f'{name}_low', f'{name}_high'}
-    id = ids('test')[0]
+    # What the images say stands in a table of its own, of a subject without truth and of one in no list, too.
+    predicted, id = Path('result/number/test_predictions.csv'), ids('test')[0]
+    said = {row['ID']: row for row in table(predicted)}
+    assert list(said) == ids('test') and not {f'{name}_covered', true} & set(said[id])
+    for row in rows:
+        for column in (name, f'{name}_low', f'{name}_high'):
+            assert float(said[row['ID']][column]) == pytest.approx(float(row[column]), rel=1e-4, abs=1e-5)
+        assert said[row['ID']]['qc'] == row['qc']
+        if task == 'ctp2dwi':
+            error = abs(float(said[row['ID']]['lesion_rule_ml']) - float(row['lesion_ml']))
+            assert error == pytest.approx(float(row['lesion_avd_ml']), rel=1e-4, abs=1e-4)
+        else:
+            p = [float(said[row['ID']][f'label_probability_{c}']) for c in (0, 1)]
+            assert sum(p) == pytest.approx(1, abs=1e-3) and p[1] == float(row['label_probability'])
+    expected = json.loads(Path('result/number/pred', id, 'prediction.json').read_text())[name]
+    file = truth(task, id, settings['targets'][0])
+    file.rename('aside')
+    try:
+        made_runs.call('infer', *words, '--only_model')
+    finally:
+        Path('aside').rename(file)
+    assert table(predicted)[0] == said[id] and id not in [row['ID'] for row in table(predicted.with_name('test.csv'))]
     new = '--input', str(source(task, id)), '--input_mask', str(mask(task, id)), '--out', 'one'
     made_runs.call('infer', *words, *new)
     known = json.loads(Path('one/prediction.json').read_text())
-    if task == 'ctp2dwi':  # the composite of a new file is not known
-        expected = json.loads(Path('result/number/pred', id, 'prediction.json').read_text())[name]
-        assert known[name] == pytest.approx(expected, rel=0.01)  # the noise is that of another name
-    assert (name in known) == (task == 'ctp2dwi')
+    assert (name in known) == (task == 'ctp2dwi')  # the composite of a new file is not known
+    new += '--input_composite', str(composite(id))
+    if task == 'ctp2dwi':
+        with pytest.raises(Exception, match='--input_composite is of mri2pet') as caught:
+            made_runs.call('infer', *words, *new)
+        assert caught.value.one_sentence
+    else:
+        made_runs.call('infer', *words, *new)
+        known = json.loads(Path('one/prediction.json').read_text())
+    assert known[name] == pytest.approx(expected, rel=0.01)  # the noise is that of another name
 
 
 def test_networks_that_see_other_arrays_are_not_put_together(trained, capsys):
@@ -530,9 +561,11 @@ def test_a_cohort_for_testing_alone(trained, capsys):
     for more in ((), ('--num_steps', '3', '--sampler', 'ddim'), ('--unit_scale', str(scale))):
         made_runs.call('infer', *words, *more)
         said = capsys.readouterr().out
-        assert 'no intervals are fitted: there are no validation subjects' in said
-        assert task == 'ctp2dwi' or 'amyloid status is not judged' in said
+        assert task == 'ctp2dwi' or 'amyloid status is not judged: its thresholds are fitted on training' in said
         rows, known = table('result/alone/test.csv'), 'ddim' not in more  # of another sampler there are none
+        assert 'the intervals are those that were fitted before' in said if known else (
+            f'no intervals: python infer.py --exp {settings["exp"]} fits them' in said and
+            '(its last inference had sampler one_step, not ddim, num_steps 1, not 3)' in said)
         assert [row['ID'] for row in rows] == ids('test') and any('coverage' in k for k in rows[0]) == known
         found = json.loads(Path('result/alone/inference.json').read_text())['intervals']
         assert found == (intervals if known else {}) and bool(intervals)
@@ -546,6 +579,67 @@ def test_a_cohort_for_testing_alone(trained, capsys):
     made_runs.call('infer', *words)
     assert len({row['ms_ssim_scales'] for row in rows}) == 1
     assert Path('result/alone/test_unet.csv').exists() and not Path('result/alone/test_status.csv').exists()
+
+
+def test_new_subjects_without_truth(trained, capsys):
+    """The README's commands for a folder of them: sources, masks and composites, one list."""
+    task, settings, folder = trained
+    first, second, broken = ids('test')[:3]
+    for id in (first, second, broken):
+        for file in (source(task, id), mask(task, id), composite(id)) if task == 'mri2pet' else (
+                source(task, id), mask(task, id)):
+            Path('new', file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, Path('new', file))
+    shutil.move('new/data', 'data_new')
+    Path('data_new/data_info').mkdir()
+    Path('data_new/data_info/test.txt').write_text('\n'.join([first, second, broken]))
+    new = ('--data_root', 'data_new', '--data_info', 'data_new/data_info')
+    words = (*settings['words'], '--exp', 'new', '--init_from', settings['exp'], *new)
+    checked = made_runs.process('dataset', *settings['words'], *new, '--without_truth')
+    assert not checked.returncode and 'No fault in 3 subjects' in checked.stdout and '3 in test\n' in checked.stdout
+    assert made_runs.process('dataset', *settings['words'], *new).returncode == 1
+    made_runs.call('infer', *settings['words'])  # the tests before may have left other intervals
+    capsys.readouterr()
+    made_runs.call('infer', *words)
+    said = capsys.readouterr().out
+    assert 'the intervals are those that were fitted before' in said and '3 of 3 subjects have no truth' in said
+    assert [path.name for path in Path('result/new').glob('*.csv')] == ['test_predictions.csv']
+    theirs = {row['ID']: row for row in table(folder / 'test_predictions.csv')}
+    rows = table('result/new/test_predictions.csv')
+    assert [row['ID'] for row in rows] == [first, second, broken]
+    for row in rows:  # the same as where the truth is there
+        assert row == {name: theirs[row['ID']][name] for name in row} and row['qc']
+    assert task == 'ctp2dwi' or {'suvr_pred', 'label_probability_1'} <= set(rows[0])
+    made_runs.call('plot', *settings['words'], '--exp', 'new', '--init_from', settings['exp'])  # knows the data_root
+    said = capsys.readouterr().out
+    assert 'the images were made from data_new' in said and 'no subject has truth' in said and 'run python' not in said
+    page = Path('result/new/report.html').read_text()
+    assert 'id="predictions"' in page and 'synthetic minus true' not in page and ', true and' not in page
+    # A composite that cannot be used costs the SUVR, not the image; a damaged source the subject, not its line.
+    if task == 'mri2pet':
+        image = nib.load(Path('data_new', *composite(first).parts[1:]))
+        nib.save(nib.Nifti1Image(3 * image.get_fdata(), image.affine), image.get_filename())
+        Path('data_new', *composite(second).parts[1:]).unlink()
+    Path('data_new', *source(task, broken).parts[1:]).write_bytes(b'no image')
+    with pytest.raises(Exception, match='1 of 3 subjects could not be translated'):
+        made_runs.call('infer', *words)
+    said, again = capsys.readouterr().out, table('result/new/test_predictions.csv')
+    assert [row['ID'] for row in again] == [first, second, broken] and again[2]['qc'] == 'not translated'
+    assert not any(value for name, value in again[2].items() if name not in ('ID', 'qc'))
+    if task == 'ctp2dwi':
+        assert again[:2] == rows[:2]
+    else:
+        assert f'{first}: no composite SUVR: ' in said and again[0]['qc'] and 'suvr_pred' not in again[0]
+    # Another list: what was said of the others goes aside with their images.
+    Path('data_new/data_info/test.txt').write_text(second)
+    made_runs.call('infer', *words)
+    assert table('result/new/old_1/test_predictions.csv') == again
+    assert [row['ID'] for row in table('result/new/test_predictions.csv')] == [second]
+    # Figures of before, with truth, do not stay beside images of subjects without.
+    Path('result/new/test.csv').write_text('ID\n')
+    made_runs.call('infer', *words)
+    assert not Path('result/new/test.csv').exists()
+    shutil.rmtree('data_new')
 
 
 def test_images_of_who_is_not_on_the_list_any_more_go_aside(trained, capsys):

@@ -3,6 +3,7 @@ import errno
 import math
 import os
 import pickle
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -255,6 +256,30 @@ def test_run_refuses_what_the_machine_does_not_have():
     run = utils.Run('cpu', 'fp32')
     assert run.main and run.world == 1 and run.gather([1, 2]) == [1, 2]
     assert 'cpu' in run.describe() and 'fp32' in run.describe()
+
+
+def test_one_process_of_torchrun_speaks_to_a_group(monkeypatch):
+    """The very calls that many processes make: on a single GPU they can be tried."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    for name, value in dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, TORCHELASTIC_RUN_ID='x', MASTER_ADDR='127.0.0.1',
+                            MASTER_PORT=port).items():
+        monkeypatch.setenv(name, str(value))
+    run, net, called = utils.Run('cpu', 'fp32'), nn.Linear(2, 1), []
+    try:
+        for name in ('all_reduce', 'all_gather_object', 'broadcast', 'barrier'):
+            real = getattr(torch.distributed, name)
+            monkeypatch.setattr(torch.distributed, name,
+                                lambda *a, name=name, real=real: called.append(name) or real(*a))
+        before = [p.clone() for p in net.parameters()]
+        run.same_start(net)
+        assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+        assert run.gather([1, 2]) == [1, 2] and run.mean(torch.tensor([3.0])).item() == 3
+        run.barrier()
+        assert set(called) == {'all_reduce', 'all_gather_object', 'broadcast', 'barrier'}
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_autocast_is_on_in_bf16_only():
