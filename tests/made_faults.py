@@ -341,6 +341,10 @@ INFER = [
           values(MASK, lambda a: a, matrix=OTHER_AFFINE)),
     Fault('a mask that is not there', f'infer.py $TINY --input {CTP} --input_mask m.nii.gz --out out'),
     Fault('a mask that is an image', f'infer.py $TINY --input {CTP} --input_mask {DWI} --out out'),
+    Fault('a mask without a new file', f'infer.py $TINY --input_mask {MASK}'),
+    Fault('a composite for a stroke', f'infer.py $TINY --input {CTP} --input_composite {MASK} --out out'),
+    Fault('a composite that is an image', 'infer.py $PET --exp exp_pet --input pet/whole_MRI/s01.nii '
+          '--input_composite pet/whole_Abeta/s01.nii --out out'),
     Fault('a file in the place of --out', f'infer.py $TINY --input {CTP} --out out', instead('out')),
     Fault("another subject's images in --out", f'infer.py $TINY --input {CTP} --out out',
           write('out/dwi.nii.gz', 'image')),
