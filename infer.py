@@ -286,7 +286,10 @@ def infer_file(cfg, run, model, spec):
     fits = known_intervals(cfg, model, record).get('intervals', {})
     said = number_record(predicted_row(subject, pred, std, spec, fits), spec)
     write_prediction(out, subject, pred, std, spec, record | more | dict(source=origin, qc=qc, intervals=fits) | said)
-    print(*[f'{name}: {value}' for name, value in said.items()], sep='\n', end='\n' * bool(said))
+    for name, number in said.items():
+        parts = number if isinstance(number, dict) else dict(value=number)
+        known = f' (90 % interval {parts["low_90"]:.4g} .. {parts["high_90"]:.4g})' if 'low_90' in parts else ''
+        print(f'{name} {parts["value"]:.4g}{known}')
     if not fits:
         print(no_intervals(cfg, model, record))
     if qc not in ('ok', ''):

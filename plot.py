@@ -166,7 +166,7 @@ def make_windows(cases, spec):
         lo, hi = dataset.scaling_range(spec, target)
         shown = [(case, (case.truth or case.pred)[target]) for case in cases]
         high = np.quantile(np.concatenate([image[case.mask] for case, image in shown]), 0.96)
-        lesions = [image[case.lesion] for case, image in shown if case.lesion is not None and case.focal]
+        lesions = [image[case.region] for case, image in shown if case.region is not None]
         if lesions and sum(map(len, lesions)):
             high = max(high, np.quantile(np.concatenate(lesions), 0.9))
         high = min(hi, float(f'{high:.2g}'))
