@@ -3,6 +3,7 @@ What a run wrote into result/<exp>, read for plot.py as far as it is there: curv
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -118,6 +119,17 @@ class Experiment:
             return None
         values = self.status.loc[self.status['score'] == 'synthetic', 'threshold'].dropna()
         return float(values.iloc[0]) if len(values) else None
+
+    def said_of(self, id):
+        """What the images say of a subject, a title for it, from test_predictions.csv; '' if that has no number."""
+        table = self.predictions
+        row = {} if table is None else next(iter(table[table['ID'] == id].to_dict('records')), {})
+        for name, known in (('lesion_head_ml', 'lesion head {:.3g} ml'), ('suvr_pred', 'composite SUVR {:.2f}')):
+            value, low, high = (row.get(f'{name}{end}', math.nan) for end in ('', '_low', '_high'))
+            if math.isfinite(value):
+                interval = f'\n90 % interval {low:.3g} .. {high:.3g}' if math.isfinite(low) else ''
+                return known.format(value) + interval
+        return ''
 
     def data_root(self, given):
         """Where the files lie that inference read; `given` by the settings, if that is not known or not there."""

@@ -237,7 +237,7 @@ def draw_case(path, case, planes, windows, units, names, dpi=110):
             _panel(sheet, row, column, name, case, target, view, windows, units, heading)
     size = to_ras(case.mask, case.affine).shape
     slices = ', '.join(f'{view.plane} slice {view.index + 1} of {size[ACROSS[view.plane]]}' for view in views)
-    sheet.finish(path, f'{case.id}: {case.title}', outlines(case, names), f'{slices}; {NOTE}', dpi)
+    sheet.finish(path, ': '.join(filter(None, [case.id, case.title])), outlines(case, names), f'{slices}; {NOTE}', dpi)
 
 
 def _panel(sheet, row, column, name, case, target, view, windows, units, heading):

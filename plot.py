@@ -188,7 +188,7 @@ def draw_subjects(spec, run, fig, facts, faults):
 
     def prepare(id):
         subject, case = load_case(spec, run.folder, id)
-        case.sources, case.title = source_images(subject), chosen[id]
+        case.sources, case.title = source_images(subject), chosen[id] or run.said_of(id)
         return case
 
     cases = in_turn(prepare, chosen, faults)

@@ -615,6 +615,7 @@ def test_new_subjects_without_truth(trained, capsys):
     said = capsys.readouterr().out
     assert 'the images were made from data_new' in said and 'no subject has truth' in said and 'run python' not in said
     page = Path('result/new/report.html').read_text()
+    assert {'ctp2dwi': 'lesion head ', 'mri2pet': 'composite SUVR '}[task] in page.split('<figcaption>', 1)[1]
     assert 'id="predictions"' in page and 'synthetic minus true' not in page and ', true and' not in page
     # A composite that cannot be used costs the SUVR, not the image; a damaged source the subject, not its line.
     if task == 'mri2pet':
