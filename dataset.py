@@ -15,6 +15,7 @@ import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from urllib.parse import quote
 
@@ -259,6 +260,19 @@ def _build_all(spec, ids, cache):
             pool.shutdown(cancel_futures=True)
             raise
     return files
+
+
+def load_listed(spec, id):
+    """A subject, with its truth if all of it is there. Without truth a composite that cannot be used is left out."""
+    known = spec.has_truth(id)
+    try:
+        return load_subject(spec, id, with_truth=known)
+    except DataError as error:
+        if known or 'lesion' not in spec.names(with_truth=False):
+            raise
+        subject = load_subject(replace(spec, lesion=None), id, with_truth=False)
+        subject.notes.append(f'no composite SUVR: {str(error).removeprefix(f"{id}: ")}')
+        return subject
 
 
 def thread_count():

@@ -6,8 +6,6 @@ Part of infer.py; the training stages validate with the very same functions.
 """
 
 import time
-from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -33,7 +31,7 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
     mine = list(enumerate(ids))[run.rank::run.world]
     for i, id in tqdm(mine, desc=label or 'evaluate', leave=False, disable=not run.main, mininterval=0.5):
         try:
-            subject = load(spec, id)
+            subject = dataset.load_listed(spec, id)
             start = time.perf_counter()
             pred, std = predict(subject)
             seconds, row = time.perf_counter() - start, dict(ID=id)
@@ -58,19 +56,6 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
             errors.append(f'{id}: {str(err).removeprefix(f"{id}: ")}')
     rows = [row for _, row in sorted(run.gather(rows), key=lambda pair: pair[0])]
     return rows, run.gather(errors)
-
-
-def load(spec, id):
-    """A subject, with its truth if all of it is there. Without truth a composite that cannot be used is left out."""
-    known = spec.has_truth(id)
-    try:
-        return dataset.load_subject(spec, id, with_truth=known)
-    except dataset.DataError as error:
-        if known or 'lesion' not in spec.names(with_truth=False):
-            raise
-        subject = dataset.load_subject(replace(spec, lesion=None), id, with_truth=False)
-        subject.notes.append(f'no composite SUVR: {str(error).removeprefix(f"{id}: ")}')
-        return subject
 
 
 def ms_ssim_scales(spec):
@@ -238,8 +223,8 @@ def number_record(row, spec):
 
 def fitting_ids(cfg, spec, *splits):
     """The subjects with truth of the lists that are there, and not empty: a cohort for testing has no others."""
-    lists = {split: Path(cfg.data_info, f'{split}.txt') for split in splits}
-    there = [split for split, path in lists.items() if path.exists() and path.read_bytes().strip()]
+    lists = dataset.read_lists(cfg.data_info)[0]
+    there = [split for split in splits if lists[split]]
     return [id for split in there for id in dataset.read_split(cfg.data_info, split) if spec.has_truth(id)]
 
 

@@ -134,7 +134,7 @@ class Experiment:
     def data_root(self, given):
         """Where the files lie that inference read; `given` by the settings, if that is not known or not there."""
         root = self.record.get('data_root') or given
-        if root == given or not Path(root).is_dir():
+        if root == given or not Path(root).expanduser().is_dir():
             return given
         print(f'the images were made from {root}')
         return root
@@ -152,5 +152,6 @@ class Experiment:
             lines.append('synthetic images (pred/): run python infer.py')
         if self.test is None or self.summary is None:
             lines.append('test.csv and test_summary.csv, the figures against the truth: '
-                         + ('run python infer.py' if self.predictions is None else 'no subject has truth'))
+                         + ('run python infer.py' if self.predictions is None else
+                            'no subject has truth, or inference has not finished'))
         return lines

@@ -240,7 +240,7 @@ def compare(cfg):
         path = Path('result') / exp / f'{name}.csv'
         if not path.exists():
             if (path.parent / f'{name}_predictions.csv').exists():
-                raise utils.RunError(f'{path} is missing: no subject there has truth to compare with')
+                raise utils.RunError(f'{path} is missing: no subject there has truth, or inference has not finished')
             raise utils.RunError(f'{path} is missing; run python infer.py --exp {exp} first')
         how = settings_of(path.parent / 'inference.json')
         if (how.get('split'), how.get('data_root')) != (cfg.split, cfg.data_root):

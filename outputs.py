@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
+import config
 import dataset
 import utils
 import volume
 from evaluate import lesion_map, std_maps
 from model import fingerprint
-from translate import checkpoint_path
+from translate import checkpoint_path, found_stage
 
 
 def write_prediction(folder, subject, pred, std, spec, record):
@@ -56,7 +57,8 @@ def settings_of(path):
     return {name: value for name, value in found.items() if name not in ('intervals', 'fitted_on')}
 
 
-TABLES = ('', '_predictions', '_summary', '_status', '_lesion_calibration', '_mean', '_aae', '_unet', '_regression')
+TABLES = ('', '_predictions', '_summary', '_status', '_lesion_calibration', '_mean', '_aae', '_unet', '_regression',
+          '_compare')
 
 
 def tables_of(cfg):
@@ -102,9 +104,16 @@ def move_aside(folder, ids):
 
 
 def leave_only(stem, written):
-    """Remove the tables of an earlier inference that this one did not write: they would pass for its own."""
-    for path in {f'{stem}{end}.csv' for end in TABLES} - set(written):
-        Path(path).unlink(missing_ok=True)
+    """The tables of an earlier inference that this one did not write would pass for its own: they move to old_<n>.
+
+    Not those of --compare, which is a command of its own.
+    """
+    there = [Path(f'{stem}{end}.csv') for end in TABLES[:-1] if f'{stem}{end}.csv' not in written]
+    if there := [path for path in there if path.exists()]:
+        aside = utils.old_folder(stem.parent)
+        for path in there:
+            shutil.move(path, aside / path.name)
+        print(f'{", ".join(path.name for path in there)} of an earlier inference, not written now: kept in {aside}')
 
 
 def save_table(table, path):
@@ -137,5 +146,8 @@ def no_intervals(cfg, model, record):
     other = [name for name in WAYS if last.get(name, record[name]) != record[name]]
     other = [f'{name} {last[name]}, not {record[name]}' for name in other]
     other = ['another checkpoint'] if last.get('weights', record['weights']) != record['weights'] else other
-    return (f'no intervals: python infer.py --exp {home.name} fits them, on validation subjects with truth, for the '
-            'same checkpoint and settings' + (f' (its last inference had {", ".join(other)})' if other else ''))
+    preset = settings_of(home / 'config.json').get('preset', config.DEFAULTS['preset'])
+    words = f' --preset {preset}' * (preset != config.DEFAULTS['preset'])
+    words += f' --stage {model.stage}' * (found_stage(cfg) != model.stage)
+    return (f'no intervals: python infer.py --exp {home.name}{words} fits them, on validation subjects with truth, for '
+            'the same checkpoint and settings' + (f' (its last inference had {", ".join(other)})' if other else ''))

@@ -57,15 +57,14 @@ def make_spec(cfg, folder, used=None):
 
 def load_case(spec, folder, id):
     """(Subject, montage.Case without title and sources); DataError if a file cannot be read or does not fit."""
-    known = spec.has_truth(id)
-    subject = dataset.load_subject(spec, id, with_truth=known)
+    subject = dataset.load_listed(spec, id)
     files = {target: folder / 'pred' / id / f'{target}.nii.gz' for target in spec.target_names}
     pred = {target: read_prediction(path, subject) for target, path in files.items()}
     files = {target: path.with_name(f'{target}_std.nii.gz') for target, path in files.items()}
     std = {target: read_prediction(path, subject) for target, path in files.items() if path.exists()}
     path = folder / 'pred' / id / utils.LESION_MAP
     probability = read_prediction(path, subject) if path.exists() else None
-    truth = subject.truth() if known else {}
+    truth = subject.truth() if subject.target is not None else {}
     truth = {target: np.clip(image, *dataset.scaling_range(spec, target)) for target, image in truth.items()}
     found = None
     if spec.task == 'ctp2dwi' and {'dwi', 'adc'} <= set(pred) and volume.in_units(spec.scaling):
@@ -305,7 +304,7 @@ def facts_of(spec, run):
                  ('units', ', '.join(f'{name}: {unit}' for name, unit in record.get('units', {}).items()))]
     checked = run.predictions if run.predictions is not None else run.test
     if checked is not None and 'qc' in checked:
-        checked = checked.dropna(subset='qc')
+        checked = checked[checked['qc'].notna() & (checked['qc'] != 'not translated')]
         flagged = ', '.join(checked.loc[checked['qc'] != 'ok', 'ID']) or 'none'
         rows.append(('sources unlike the training set', flagged if len(checked) else 'not checked'))
     return rows
@@ -355,7 +354,8 @@ def write_report(spec, run, figures, faults):
 def main():
     cfg = config.load(__doc__)
     run = Experiment(cfg.exp)
-    cfg.data_root = run.data_root(cfg.data_root)
+    if not any(line.startswith('data_root = ') and line.endswith('(command line)') for line in cfg.changes()):
+        cfg.data_root = run.data_root(cfg.data_root)
     spec = make_spec(cfg, run.folder, run.record.get('settings'))
     fig, faults = run.folder / 'fig', {}
     fig.mkdir(exist_ok=True)

@@ -150,6 +150,7 @@ class TimedStage:
 
     def __call__(self, run, cfg, name, fixed, **more):
         self.precision = run.precision
+        run.search_kernels(not cfg.trim)  # as stage.Stage does
         return self
 
     def main_first(self):

@@ -113,17 +113,22 @@ def check_sampling(cfg, model, spec):
 
 OLDER = dict(context=0, trim=False)  # what a checkpoint means that does not say it
 
-def checkpoint_path(cfg, stage):
-    """The checkpoint of an earlier stage: in result/<exp>, or, where this experiment has none, in result/<init_from>,
-    or in what that one began from."""
-    path, places, exp = Path('result') / cfg.exp / f'{utils.BEST[stage]}.pth.tar', [], cfg.init_from
-    while exp and not path.exists() and exp not in places:
-        path, places = Path('result') / exp / path.name, [*places, exp]
+def places(cfg):
+    """Where an experiment's checkpoints may lie: result/<exp>, result/<init_from>, and what that one began from."""
+    found, exp = [Path('result') / cfg.exp], cfg.init_from
+    while exp and Path('result') / exp not in found:
+        found.append(Path('result') / exp)
         try:
-            exp = json.loads((path.parent / 'config.json').read_text()).get('init_from')
+            exp = json.loads((found[-1] / 'config.json').read_text()).get('init_from')
         except (OSError, ValueError, AttributeError):
             exp = None
-    return path if path.exists() or not places else Path('result') / cfg.init_from / path.name
+    return found
+
+
+def checkpoint_path(cfg, stage):
+    """The checkpoint of an earlier stage, from the first of its `places` that has it."""
+    paths = [place / f'{utils.BEST[stage]}.pth.tar' for place in places(cfg)]
+    return next((path for path in paths if path.exists()), paths[min(1, len(paths) - 1)])
 
 
 def differing(theirs, ours, source=True):
@@ -148,12 +153,12 @@ def load_aae(cfg, run):
 
 
 def found_stage(cfg):
-    """The first of post, unet and regression that has been trained; but a regression of this experiment's own comes
-    before what init_from has."""
-    own = {stage for stage in utils.BEST if (Path('result') / cfg.exp / f'{utils.BEST[stage]}.pth.tar').exists()}
-    if 'regression' in own and not own & {'post', 'unet'}:
-        return 'regression'
-    return next((s for s in ('post', 'unet', 'regression') if checkpoint_path(cfg, s).exists()), 'unet')
+    """The first of post, unet and regression that has been trained, in the first of the `places` that has any."""
+    for place in places(cfg):
+        for stage in ('post', 'unet', 'regression'):
+            if (place / f'{utils.BEST[stage]}.pth.tar').exists():
+                return stage
+    return 'unet'
 
 
 def load_model(cfg, run, stage='auto'):

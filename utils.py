@@ -133,13 +133,17 @@ class Run:
             torch.cuda.set_device(self.device)
             self.search_kernels(True)
         # torchrun's one process, too, speaks to a group: the same code, whatever their number.
-        self.torchrun = self.world > 1 or 'TORCHELASTIC_RUN_ID' in os.environ
+        many, alone = self.world > 1, timedelta(minutes=1)
+        self.torchrun = many or 'TORCHELASTIC_RUN_ID' in os.environ
         if self.torchrun and not dist.is_initialized():
             try:
-                dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo', timeout=PATIENCE)
+                dist.init_process_group('nccl' if self.device.type == 'cuda' else 'gloo',
+                                        timeout=PATIENCE if many else alone)
             except (RuntimeError, ValueError) as err:
-                raise RunError(f'process {self.rank} of {self.world} cannot reach the others '
-                               f'({str(err).splitlines()[0]}); start the script with torchrun') from None
+                self.torchrun = False  # alone it needs no group: what torchrun set may be left from another process
+                if many:
+                    raise RunError(f'process {self.rank} of {self.world} cannot reach the others '
+                                   f'({str(err).splitlines()[0]}); start the script with torchrun') from None
         if precision == 'auto':
             fast = (torch.cuda.is_bf16_supported(including_emulation=False) if self.device.type == 'cuda'
                     else self.device.type == 'cpu' and fast_bf16())

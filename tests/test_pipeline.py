@@ -558,6 +558,7 @@ def test_a_cohort_for_testing_alone(trained, capsys):
     made_runs.call('infer', *settings['words'])  # the tests before may have left others
     capsys.readouterr()
     intervals = json.loads((folder / 'inference.json').read_text())['intervals']
+    preset = '' if task == 'ctp2dwi' else ' --preset mri2pet_demo'
     scale = {name: 1.001 if name == 'source' else 1 for name in ('source', *settings['targets'])}
     for more in ((), ('--num_steps', '3', '--sampler', 'ddim'), ('--unit_scale', str(scale))):
         made_runs.call('infer', *words, *more)
@@ -565,7 +566,7 @@ def test_a_cohort_for_testing_alone(trained, capsys):
         assert task == 'ctp2dwi' or 'amyloid status is not judged: its thresholds are fitted on training' in said
         rows, known = table('result/alone/test.csv'), 'ddim' not in more  # of another sampler there are none
         assert 'the intervals are those that were fitted before' in said if known else (
-            f'no intervals: python infer.py --exp {settings["exp"]} fits them' in said and
+            f'no intervals: python infer.py --exp {settings["exp"]}{preset} fits them' in said and
             '(its last inference had sampler one_step, not ddim, num_steps 1, not 3)' in said)
         assert [row['ID'] for row in rows] == ids('test') and any('coverage' in k for k in rows[0]) == known
         found = json.loads(Path('result/alone/inference.json').read_text())['intervals']
@@ -611,7 +612,9 @@ def test_new_subjects_without_truth(trained, capsys):
     for row in rows[:2]:  # the same as where the truth is there
         assert row == {name: theirs[row['ID']][name] for name in row} and row['qc']
     assert task == 'ctp2dwi' or {'suvr_pred', 'label_probability_1'} <= set(rows[0])
-    made_runs.call('plot', *settings['words'], '--exp', 'new', '--init_from', settings['exp'])  # knows the data_root
+    rest = list(settings['words'])
+    del rest[rest.index('--data_root'):rest.index('--data_root') + 2]  # it knows where inference read them
+    made_runs.call('plot', *rest, '--exp', 'new', '--init_from', settings['exp'])
     said = capsys.readouterr().out
     assert 'the images were made from data_new' in said and 'no subject has truth' in said and 'run python' not in said
     page = Path('result/new/report.html').read_text()

@@ -1,5 +1,6 @@
 """From source to prediction, with networks of random weights."""
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import evaluate
 import utils
 from diffusion import Diffusion
 from model import AAE, PixelUNet, UNet
-from translate import Model, Sampling, decide, doubt, mean_prediction, translate
+from translate import Model, Sampling, checkpoint_path, decide, doubt, found_stage, mean_prediction, translate
 
 
 def model(dims, kind):
@@ -280,3 +281,23 @@ def test_stroke_without_lesion_masks(tmp_path):
         summary = pd.read_csv('result/exp_1/test_summary.csv', index_col='metric')
         lesion = summary.index.str.contains('lesion')
         assert lesion.sum() > 10 and not summary.loc[lesion, 'n'].any() and summary.loc[~lesion, 'n'].all()
+
+
+def test_which_experiment_a_checkpoint_is_taken_from(in_empty_folder):
+    """The nearest that has any of the stages says which model; what lies beside it may come from further back."""
+    for exp, stages, began in (('first', ('aae', 'unet', 'post'), None), ('second', ('regression',), 'first'),
+                               ('third', (), 'second'), ('round', (), 'round')):
+        Path('result', exp).mkdir(parents=True)
+        Path('result', exp, 'config.json').write_text(json.dumps(dict(init_from=began)))
+        for stage in stages:
+            Path('result', exp, f'{utils.BEST[stage]}.pth.tar').touch()
+    for exp, began, stage, of_aae in (('first', None, 'post', 'first'), ('second', 'first', 'regression', 'first'),
+                                      ('new', 'second', 'regression', 'first'), ('new', 'third', 'regression', 'first'),
+                                      ('new', 'first', 'post', 'first'), ('new', None, 'unet', 'new'),
+                                      ('new', 'round', 'unet', 'round')):
+        cfg = config.load('', ['--exp', exp, '--init_from', str(began)])
+        assert found_stage(cfg) == stage
+        assert checkpoint_path(cfg, 'aae').parent.name == of_aae
+    Path('result/second/config.json').write_text('no json')
+    assert checkpoint_path(config.load('', ['--exp', 'new', '--init_from', 'second']), 'aae').parent.name == (
+        'second')
