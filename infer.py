@@ -145,6 +145,7 @@ def infer_split(cfg, run, model, spec, folder):
         files = ', '.join(spec.targets[name].format(root=spec.root, id=without[0]) for name in spec.target_names)
         print(f'{len(without)} of {len(rows)} subjects have no truth, no figures: {", ".join(without[:10])}'
               f'{" .." * (len(without) > 10)} (looked for {files})')
+
     def save(table, end):
         save_table(table, f'{stem}{end}.csv')
         written.append(f'{stem}{end}.csv')

@@ -96,8 +96,8 @@ def test_an_image_in_bf16_is_that_in_fp32_but_for_rounding(task):
         found[precision] = images(exp, targets)
     assert found['fp32'] and set(found['fp32']) == set(found['bf16'])
     for name, image in found['fp32'].items():
-        difference = np.abs(image - found['bf16'][name]).max()
-        assert 0 < difference < 0.05 * np.abs(image).max(), name
+        difference = np.abs(image - found['bf16'][name]).max() / dict(dwi=3, adc=3000, suvr=3)[name.split('/')[1]]
+        assert 0 < difference < 0.04, name  # of the range; on a CPU 0.016, 0.015 and 0.003
 
 
 def test_the_label_prior_of_the_gpu_is_that_of_the_cpu():
