@@ -6,6 +6,7 @@ Part of infer.py; the training stages validate with the very same functions.
 """
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -43,8 +44,8 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
                 else:
                     row |= metrics.subject_row(image, truth, mask, lesion, subject.spacing, ranges, spec.task,
                                                axis=subject.axial_axis, physical=volume.in_units(spec.scaling),
-                                               scales=ms_ssim_scales(spec))
-                    row |= lesion_head_row(lesion_map(subject, pred), mask, lesion, subject.spacing)
+                                               scales=ms_ssim_scales(spec), voxel_ml=subject.voxel_ml)
+                    row |= lesion_head_row(lesion_map(subject, pred), mask, lesion, subject.voxel_ml)
                 if intervals:
                     row |= coverage_row(subject, pred, std, spec, intervals, image, truth)
             if on_subject:
@@ -93,7 +94,7 @@ def lesion_map(subject, pred):
     return np.clip(subject.moved(pred[:, -1:])[0], 0, 1) * subject.native_mask
 
 
-def lesion_head_row(probability, mask, lesion, spacing):
+def lesion_head_row(probability, mask, lesion, voxel_ml):
     """
     Figures of a lesion head's map (X, Y, Z), 0..1, against the lesion mask; {} without a map or a lesion mask.
 
@@ -103,7 +104,7 @@ def lesion_head_row(probability, mask, lesion, spacing):
     """
     if probability is None or lesion is None:
         return {}
-    voxel_ml, lesion = float(np.prod(spacing)) / 1000, np.asarray(lesion, bool) & mask
+    lesion = np.asarray(lesion, bool) & mask
     expected, volume = float(probability[mask].sum()) * voxel_ml, np.count_nonzero(lesion) * voxel_ml
     return dict(lesion_head_dice=metrics.dice((probability > 0.5) & mask, lesion), lesion_head_ml=expected,
                 lesion_head_avd_ml=abs(expected - volume))
@@ -283,6 +284,7 @@ def fit_quality(spec, cohort, validation_ids, at_most=100):
         batch = cohort.subject_items(j)
         own = batch['source'].chunk(2 * spec.context + 1, dim=1)[spec.context]  # without the slices beside it
         train.append(source_features(own.numpy(), batch['mask'].numpy()))
+    spec = replace(spec, lesion=None)  # sources and masks alone are read
     good = [dataset.load_subject(spec, id, with_truth=False) for id in validation_ids[:at_most]]
     return quality.qc_fit(train, [source_features(s.source, s.mask) for s in good]) if len(train) > 1 else None
 

@@ -167,7 +167,7 @@ def lesion_rim(lesion, mask, spacing, reach=RIM_MM):
     return mask & ~lesion & (distance <= reach + 1e-3)
 
 
-def _lesion_columns(pred, truth, mask, lesion, spacing, ranges, physical):
+def _lesion_columns(pred, truth, mask, lesion, spacing, ranges, physical, voxel_ml):
     """The stroke columns of subject_row, from images scaled to 0..1."""
     row = dict.fromkeys([f'{t}_lesion_mae' for t in pred] + LESION_COLUMNS, np.nan)
     if lesion is None:
@@ -184,7 +184,7 @@ def _lesion_columns(pred, truth, mask, lesion, spacing, ranges, physical):
         row['lesion_rim_mae'] = np.mean([error[t][rim].mean() for t in pred])
     if {'dwi', 'adc'} <= set(pred) and physical:
         pair = [{t: _physical(x[t], ranges[t]) for t in ('dwi', 'adc')} for x in (pred, truth)]
-        row.update(_rule_columns(*pair, mask, lesion, float(np.prod(spacing)) / 1000.0))
+        row.update(_rule_columns(*pair, mask, lesion, voxel_ml or float(np.prod(spacing)) / 1000))
     return row
 
 
@@ -218,14 +218,14 @@ def _prepare(pred, truth, mask, lesion, ranges):
     return pred, truth, mask, lesion
 
 
-def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physical=True, scales=None):
+def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physical=True, scales=None, voxel_ml=None):
     """
     The figures of one subject, as a dict column -> float.
 
     pred, truth: dicts target -> (X, Y, Z) in physical units (DWI in multiples of its in-mask median); mask (X, Y, Z);
     lesion (X, Y, Z), the ischaemic lesion or the cortical composite, or None if not known; spacing: mm of the axes;
-    ranges: target -> (lo, hi); task 'ctp2dwi' or 'mri2pet'; axis: the array's axial direction; scales: of MS-SSIM;
-    physical: False where images have other units (volume.in_units): lesion rule, ADC bias, SUVR figures are nan.
+    ranges: target -> (lo, hi); task 'ctp2dwi' or 'mri2pet'; axis: the axial one; scales: of MS-SSIM; voxel_ml: of a
+    voxel, None: product of spacing; physical: False where units are others (in_units): rule, ADC bias, SUVR are nan.
 
     Per target: <t>_mae in physical units, <t>_psnr (dB), <t>_ssim, <t>_ms_ssim (axial slices for ctp2dwi, else 3D).
     ctp2dwi, undefined without a lesion:
@@ -257,7 +257,7 @@ def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physic
         row[f'{t}_ssim'] = ssim(pred[t], truth[t], mask, axis)
         row[f'{t}_ms_ssim'] = ms_ssim(pred[t], truth[t], mask, axis, scales)
     if task == 'ctp2dwi':
-        row.update(_lesion_columns(pred, truth, mask, lesion, spacing, ranges, physical))
+        row.update(_lesion_columns(pred, truth, mask, lesion, spacing, ranges, physical, voxel_ml))
     else:
         t, known = next(iter(pred)), physical and lesion is not None and lesion.any()
         true, made = (_physical(x[t][lesion].mean(), ranges[t]) if known else np.nan for x in (truth, pred))

@@ -354,7 +354,7 @@ def write_report(spec, run, figures, faults):
 def main():
     cfg = config.load(__doc__)
     run = Experiment(cfg.exp)
-    if not any(line.startswith('data_root = ') and line.endswith('(command line)') for line in cfg.changes()):
+    if cfg.origin.get('data_root') != 'command line':
         cfg.data_root = run.data_root(cfg.data_root)
     spec = make_spec(cfg, run.folder, run.record.get('settings'))
     fig, faults = run.folder / 'fig', {}

@@ -374,3 +374,11 @@ def test_format_table():
     psnr = next(line for line in lines if line.startswith('adc_psnr'))
     assert f'{model["adc_psnr"].mean():.2f}' in psnr and psnr.endswith(f'{other["adc_psnr"].mean():.2f}*')
     assert 'Wilcoxon' in lines[-1] and max(map(len, lines)) <= 100
+
+
+def test_the_volume_of_a_voxel_on_a_sheared_grid():
+    """Less than the product of the spacings: all volumes go with it."""
+    images = scene()
+    whole, half = row(*images), row(*images, voxel_ml=float(np.prod(SPACING)) / 2000)
+    assert half['lesion_ml'] == pytest.approx(whole['lesion_ml'] / 2) and whole['lesion_ml'] > 0
+    assert half['lesion_avd_ml'] == pytest.approx(whole['lesion_avd_ml'] / 2)

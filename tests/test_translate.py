@@ -239,12 +239,12 @@ def test_figures_of_the_lesion_head_by_hand():
     lesion, probability = np.zeros((2, *mask.shape))
     lesion[0, :2] = lesion[3] = 1                        # 4 voxels in the mask; what lies outside does not count
     probability[0, :3], probability[2], probability[3] = 0.75, 0.25, 1.0
-    row = evaluate.lesion_head_row(probability, mask, lesion, (10, 10, 5))  # 0.5 ml a voxel
+    row = evaluate.lesion_head_row(probability, mask, lesion, 0.5)
     assert row['lesion_head_dice'] == pytest.approx(2 * 4 / (6 + 4))
     assert row['lesion_head_ml'] == pytest.approx(0.5 * (6 * 0.75 + 8 * 0.25))
     assert row['lesion_head_avd_ml'] == pytest.approx(abs(3.25 - 2))
-    assert evaluate.lesion_head_row(None, mask, lesion, (1, 1, 1)) == {}
-    assert evaluate.lesion_head_row(probability, mask, None, (1, 1, 1)) == {}
+    assert evaluate.lesion_head_row(None, mask, lesion, 0.001) == {}
+    assert evaluate.lesion_head_row(probability, mask, None, 0.001) == {}
     counts = evaluate.calibration_counts(probability, mask, lesion)
     assert counts[[0, 2, 7]].tolist() == [[10, 0, 0], [8, 8 * 0.25, 0], [6, 6 * 0.75, 4]] and counts[:, 0].sum() == 24
     table = evaluate.calibration_table([counts, counts, evaluate.calibration_counts(None, mask, lesion)])
