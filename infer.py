@@ -11,7 +11,6 @@ torchrun --nproc_per_node=4 infer.py         subjects divided among processes
 Networks, task, schedule and scaling come from the checkpoints in result/<exp>, paths and sampler from the settings.
 """
 
-import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -42,16 +41,19 @@ from evaluate import (
     validate,
 )
 from outputs import (
+    Found,
     keep_aside,
     known_intervals,
     leave_only,
-    move_aside,
     no_intervals,
     prediction_record,
+    predictions,
     save_table,
     settings_of,
     tables_of,
+    tell,
     write_prediction,
+    write_record,
 )
 from translate import (
     Model,
@@ -79,7 +81,7 @@ def infer_split(cfg, run, model, spec, folder):
     if cfg.label == 'true':
         fitted = fitting_ids(cfg, spec, 'train', 'validation')
         labels = dataset.read_labels(cfg.data_info, list(dict.fromkeys([*ids, *fitted])), cfg.num_classes)
-    how, stem, written = Sampling.of(cfg, spec), tables_of(cfg), []
+    how, stem, found = Sampling.of(cfg, spec), tables_of(cfg), Found()
     record = prediction_record(cfg, model, spec) | dict(split=cfg.split, data_root=cfg.data_root)
 
     def predict(subject, model=model):
@@ -91,36 +93,26 @@ def infer_split(cfg, run, model, spec, folder):
         note = keep_aside(folder, record, ids, stem)
         if note:
             print(note)
-        utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record | known, f, indent=1), 'w')
+        write_record(folder, record | known)
     run.barrier()
     beside = {} if cfg.only_model or not any(map(spec.has_truth, ids)) else baselines(cfg, run, model, predict)
-    fits = {} if cfg.only_model else fit_intervals(cfg, run, spec, predict)
-    if fits:
-        of = dict(data_root=cfg.data_root, ids=fitting_ids(cfg, spec, 'validation'))
-    else:
-        fits, of = known.get('intervals', {}), known.get('fitted_on', {})
+    fits, of = intervals(cfg, run, model, spec, predict, record, known)
     if run.main:  # beside the settings they were fitted with, for the subjects to come
-        if fits and fits is known.get('intervals'):
-            print('the intervals are those that were fitted before with this checkpoint')
-        elif not fits:
-            print(no_intervals(cfg, model, record))
-        fitted = record | dict(intervals=fits, fitted_on=of)
-        utils.write_atomic(folder / 'inference.json', lambda f: json.dump(fitted, f, indent=1), 'w')
-    qc, volumes, counts, probable, predicted, notes = {}, {}, {}, {}, {}, {}
+        write_record(folder, record | dict(intervals=fits, fitted_on=of))
 
     def keep(subject, pred, std):
-        qc[subject.id] = check_source(model, subject)
-        notes[subject.id] = subject.notes
-        predicted[subject.id] = predicted_row(subject, pred, std, spec, fits)
-        more = dict(qc=qc[subject.id], intervals=fits) | number_record(predicted[subject.id], spec)
+        id = subject.id
+        found.qc[id], found.notes[id] = check_source(model, subject), subject.notes
+        found.predicted[id] = predicted_row(subject, pred, std, spec, fits)
+        more = dict(qc=found.qc[id], intervals=fits) | number_record(found.predicted[id], spec)
         if (p := label_probability(run, model, subject.stacked)) is not None:
-            more['label_probability'] = probable[subject.id] = p
-        write_prediction(folder / 'pred' / subject.id, subject, pred, std, spec, record | more)
+            more['label_probability'] = found.probable[id] = p
+        write_prediction(folder / 'pred' / id, subject, pred, std, spec, record | more)
         if subject.target is None:
             return
         if spec.task == 'mri2pet':
-            volumes[subject.id] = mri_volumes(subject)
-        counts[subject.id] = calibration_counts(lesion_map(subject, pred), subject.known_mask(), subject.native_lesion)
+            found.volumes[id] = mri_volumes(subject)
+        found.counts[id] = calibration_counts(lesion_map(subject, pred), subject.known_mask(), subject.native_lesion)
 
     # Intervals and status thresholds are fitted on the training and validation subjects: judged on others only.
     unseen = cfg.split not in ('train', 'validation')
@@ -130,71 +122,68 @@ def infer_split(cfg, run, model, spec, folder):
         print(f'the intervals are not judged: they were fitted on {len(seen)} of these subjects')
     rows, errors = evaluate(run, predict, spec, ids, quick=False, label='translate', on_subject=keep,
                             intervals=fits if unseen and not seen else None)
-    qc, volumes, counts, probable, predicted, notes = (
-        dict(run.gather(found.items())) for found in (qc, volumes, counts, probable, predicted, notes))
-    noted = [f'{id}: {note}' for id, found in sorted(notes.items()) for note in found]
-    if noted and run.main:
-        print(*noted[:10], *[f'and {len(noted) - 10} more such notes'] * (len(noted) > 10), sep='\n')
-    if run.main and (old := move_aside(folder, set(ids) - set(qc))):
-        print(f'earlier images of {len(old)} subjects that could not be translated now are in {old[0].parent}')
-    flagged = [f'{id}: {text}' for id, text in sorted(qc.items()) if text not in ('ok', '')]
-    if flagged and run.main:
-        print(f'{len(flagged)} subjects have a source unlike the training set:', *flagged, sep='\n  ')
-    without = [row['ID'] for row in rows if set(row) == {'ID', 'seconds'}]
-    if without and run.main:
-        files = ', '.join(spec.targets[name].format(root=spec.root, id=without[0]) for name in spec.target_names)
-        print(f'{len(without)} of {len(rows)} subjects have no truth, no figures: {", ".join(without[:10])}'
-              f'{" .." * (len(without) > 10)} (looked for {files})')
-
-    def save(table, end):
-        save_table(table, f'{stem}{end}.csv')
-        written.append(f'{stem}{end}.csv')
-
-    if run.main:
-        likely = {id: {f'label_probability_{c}': p for c, p in enumerate(found)} for id, found in probable.items()}
-        said = pd.DataFrame([dict(ID=id, qc=qc.get(id, 'not translated')) | predicted.get(id, {}) | likely.get(id, {})
-                             for id in ids])
-        save(said[[name for name in said if name != 'qc'] + ['qc']], '_predictions')
-        print(f'{stem}_predictions.csv: what the images say of each subject')
+    found, without = found.gathered(run), [row['ID'] for row in rows if set(row) == {'ID', 'seconds'}]
     table = pd.DataFrame([row for row in rows if row['ID'] not in without])
-    if table.empty:
-        if run.main:
-            leave_only(stem, written)
-        return errors
-    table = table.assign(qc=table['ID'].map(qc), num_steps=record['num_steps'], samples=record['samples'],
-                         ms_ssim_scales=ms_ssim_scales(spec))
-    if spec.num_classes == 2 and probable:
-        table['label_probability'] = [probable[id][1] for id in table['ID']]
-
     tables = {}
-    for name, baseline in beside.items():
-        rows, failed = evaluate(run, baseline, spec, list(table['ID']), quick=False, label=f'baseline {name}')
-        left_out(run, f'the baseline {name}', failed)
-        if rows:
-            tables[name] = pd.DataFrame(rows)
-    judged = 'suvr_pred' in table and unseen and not cfg.only_model
-    groups = amyloid_status(cfg, run, spec, predict, table, volumes) if judged else None
     if run.main:
-        last = ('label_probability', 'ms_ssim_scales', 'qc', 'num_steps', 'samples', 'seconds')
-        last = [c for c in last if c in table]
-        save(table[[c for c in table if c not in last] + last], '')
-        for name, t in tables.items():
-            save(t, f'_{name}')
-        summary = metrics.summarise(table, tables, cfg.seed)
-        if cfg.label != 'unknown':
-            summary['label_given'] = cfg.label
-        save(summary, '_summary')
-        if np.any(list(counts.values())):
-            save(calibration_table(list(counts.values())), '_lesion_calibration')
-        print(f'{len(table)} subjects of the {cfg.split} split, {record["checkpoint"]}, {cfg.sampler}; MS-SSIM over '
-              f'{ms_ssim_scales(spec)} scales'
-              + (f'; the label was given (--label {cfg.label})' if cfg.label != 'unknown' else ''))
-        print(metrics.format_table(summary))
-        if groups is not None:
-            save(groups, '_status')
-            print(groups.set_index('score').T.to_string(float_format=lambda v: f'{v:.4g}'))
-        leave_only(stem, written)
+        tell(spec, folder, ids, rows, without, found)
+        save_table(predictions(ids, found), f'{stem}_predictions.csv')
+        print(f'{stem}_predictions.csv: what the images say of each subject')
+    if not table.empty:
+        id = table['ID']
+        table = table.assign(qc=id.map(found.qc), num_steps=record['num_steps'], samples=record['samples'],
+                             ms_ssim_scales=ms_ssim_scales(spec))
+        if spec.num_classes == 2 and found.probable:
+            table['label_probability'] = [found.probable[i][1] for i in id]
+        others = {}
+        for name, baseline in beside.items():
+            rows, failed = evaluate(run, baseline, spec, list(id), quick=False, label=f'baseline {name}')
+            left_out(run, f'the baseline {name}', failed)
+            if rows:
+                others[name] = pd.DataFrame(rows)
+        judged = 'suvr_pred' in table and unseen and not cfg.only_model
+        groups = amyloid_status(cfg, run, spec, predict, table, found.volumes) if judged else None
+        if run.main:
+            tables |= figures(cfg, spec, record, table, others, groups, found)
+    if run.main:
+        for end, rows in tables.items():
+            save_table(rows, f'{stem}{end}.csv')
+        leave_only(stem, [f'{stem}{end}.csv' for end in ('_predictions', *tables)])
     return errors
+
+
+def intervals(cfg, run, model, spec, predict, record, known):
+    """(intervals, what they were fitted on): fitted now, or those known from before; says so if there are none."""
+    fits = {} if cfg.only_model else fit_intervals(cfg, run, spec, predict)
+    if fits:
+        return fits, dict(data_root=cfg.data_root, ids=fitting_ids(cfg, spec, 'validation'))
+    if run.main:
+        print('the intervals are those that were fitted before with this checkpoint' if known.get('intervals')
+              else no_intervals(cfg, model, record))
+    return known.get('intervals', {}), known.get('fitted_on', {})
+
+
+def figures(cfg, spec, record, table, others, groups, found):
+    """Tables of a split with truth, end of the file name -> table; prints the summary.
+
+    table: a row for each subject; others: the same of each baseline; groups: amyloid_status's, or None.
+    """
+    last = ('label_probability', 'ms_ssim_scales', 'qc', 'num_steps', 'samples', 'seconds')
+    last = [c for c in last if c in table]
+    tables = {'': table[[c for c in table if c not in last] + last]} | {f'_{name}': t for name, t in others.items()}
+    tables['_summary'] = summary = metrics.summarise(table, others, cfg.seed)
+    if cfg.label != 'unknown':
+        summary['label_given'] = cfg.label
+    if np.any(list(found.counts.values())):
+        tables['_lesion_calibration'] = calibration_table(list(found.counts.values()))
+    print(f'{len(table)} subjects of the {cfg.split} split, {record["checkpoint"]}, {cfg.sampler}; MS-SSIM over '
+          f'{ms_ssim_scales(spec)} scales'
+          + (f'; the label was given (--label {cfg.label})' if cfg.label != 'unknown' else ''))
+    print(metrics.format_table(summary))
+    if groups is not None:
+        tables['_status'] = groups
+        print(groups.set_index('score').T.to_string(float_format=lambda v: f'{v:.4g}'))
+    return tables
 
 
 def baselines(cfg, run, model, predict):

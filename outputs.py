@@ -6,9 +6,11 @@ Part of infer.py.
 
 import json
 import shutil
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 import config
@@ -151,3 +153,47 @@ def no_intervals(cfg, model, record):
     words += f' --stage {model.stage}' * (found_stage(cfg) != model.stage)
     return (f'no intervals: python infer.py --exp {home.name}{words} fits them, on validation subjects with truth, for '
             'the same checkpoint and settings' + (f' (its last inference had {", ".join(other)})' if other else ''))
+
+
+@dataclass
+class Found:
+    """What is known of each translated subject, id -> value, besides its figures."""
+    qc: dict = field(default_factory=dict)         # is the source like those of training? (check_source)
+    notes: dict = field(default_factory=dict)      # what was remarked when its files were read
+    predicted: dict = field(default_factory=dict)  # what the images say: volume or SUVR, with interval
+    probable: dict = field(default_factory=dict)   # probability of each class (label_probability)
+    volumes: dict = field(default_factory=dict)    # of the MRI, amyloid (mri_volumes)
+    counts: dict = field(default_factory=dict)     # of the lesion head's calibration (calibration_counts)
+
+    def gathered(self, run):
+        """That of all processes."""
+        return Found(**{name: dict(run.gather(found.items())) for name, found in vars(self).items()})
+
+
+def write_record(folder, record):
+    """How the images were made, for plot.py, --compare and inferences to come."""
+    utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record, f, indent=1), 'w')
+
+
+def tell(spec, folder, ids, rows, without, found):
+    """Print what was remarked of single subjects, and move aside earlier images of those not translated now."""
+    noted = [f'{id}: {note}' for id, notes in sorted(found.notes.items()) for note in notes]
+    if noted:
+        print(*noted[:10], *[f'and {len(noted) - 10} more such notes'] * (len(noted) > 10), sep='\n')
+    if old := move_aside(folder, set(ids) - set(found.qc)):
+        print(f'earlier images of {len(old)} subjects that could not be translated now are in {old[0].parent}')
+    flagged = [f'{id}: {text}' for id, text in sorted(found.qc.items()) if text not in ('ok', '')]
+    if flagged:
+        print(f'{len(flagged)} subjects have a source unlike the training set:', *flagged, sep='\n  ')
+    if without:
+        files = ', '.join(spec.targets[name].format(root=spec.root, id=without[0]) for name in spec.target_names)
+        print(f'{len(without)} of {len(rows)} subjects have no truth, no figures: {", ".join(without[:10])}'
+              f'{" .." * (len(without) > 10)} (looked for {files})')
+
+
+def predictions(ids, found):
+    """Table of what the images say of each subject of the list, with or without truth, qc last."""
+    likely = {id: {f'label_probability_{c}': p for c, p in enumerate(found.probable.get(id, ()))} for id in ids}
+    table = pd.DataFrame([dict(ID=id, qc=found.qc.get(id, 'not translated')) | found.predicted.get(id, {}) | likely[id]
+                          for id in ids])
+    return table[[name for name in table if name != 'qc'] + ['qc']]
