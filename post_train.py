@@ -116,24 +116,7 @@ def main():
 
     # Whatever is trained here sits in one module list; the encoder and the latents' mean and std stay as they are.
     utils.seed_everything(cfg.seed, 'post weights')
-    if cfg.detail_branch:
-        model.detail = run.place(PixelUNet(spec.spatial_dims, cohort.source_channels, cohort.target_channels, True,
-                                           cfg.detail_channels, feature_channels=model.unet.feature_channels,
-                                           lesion_head=cfg.lesion_head, classes=classes_of(cfg, spec)))
-        regression = checkpoint_path(cfg, 'regression')
-        regression = load_model(cfg, run, 'regression') if regression.exists() else None
-        same = ('spatial_dims', 'source_channels', 'image_channels', 'widths', 'blocks', 'lesion_head', 'classes')
-        if (regression and not differing(regression.prep, spec.travel())
-                and all(regression.regression.args[name] == model.detail.args[name] for name in same)):
-            model.detail.start_from(regression.regression)
-            origin, scale = 'as the regression U-Net', cfg.detail_lr_scale
-        else:
-            some = run.to_device(cohort.some())
-            model.detail.whiten.start_from(some['source'], some['mask'])
-            del some
-            if model.detail.prior is not None and run.main:
-                model.detail.prior.fit(cohort)
-            origin, scale = 'at zero', 1
+    as_regression = cfg.detail_branch and make_detail_branch(cfg, run, model, spec, cohort)
     trained = torch.nn.ModuleDict({'unet': model.unet})
     if cfg.tune_decoder:
         trained['decoder'] = model.aae.decoder.requires_grad_(True)
@@ -145,15 +128,15 @@ def main():
     run.same_start(trained)
     ema = utils.EMA(trained, cfg.ema)
     model.unet.train()
-    opt = optim.make(cfg.optimizer, [(net, scale if name == 'detail' else 1) for name, net in trained.items()],
-                     run.precision)
+    scale = dict(detail=cfg.detail_lr_scale) if as_regression else {}
+    opt = optim.make(cfg.optimizer, [(net, scale.get(name, 1)) for name, net in trained.items()], run.precision)
     parts = ', '.join(f'{name} ({count_parameters(net):,})' for name, net in trained.items())
     stage.describe(f'training {parts}, {len(cohort)} samples')
     if not stage.resume(cfg.post_steps, TERMS, metrics.QUICK, len(cohort),
                         trained=trained, opt=opt, ema=ema, scaler=run.scaler):
         return
     if cfg.detail_branch and stage.step == 0:
-        stage.log(f'the detail branch starts {origin}')
+        stage.log(f"the detail branch starts {'as the regression U-Net' if as_regression else 'at zero'}")
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
                              cfg.shift, pin=run.device.type == 'cuda')
     current, how, diffusion = averaged(model, ema.net), Sampling.of(cfg, spec), model.diffusion
@@ -190,31 +173,54 @@ def main():
         utils.set_lr(opt, lr)
         parts = []
         arrays = (z_0, t, eps, batch['source'], label, goal, batch['mask'], batch['lesion'])
-        for z, tt, e, source, y, target, mask, lesion in zip(*[x.chunk(cfg.accumulate) for x in arrays], strict=True):
-            crop = cfg.crop if spec.spatial_dims == 3 else None  # decode only a part: memory
-            if crop:  # drawn before the U-Net is at work: it waits for a GPU
-                starts, weight = draw_crops(lesion, mask >= 0 if before else mask, crop)
-            with run.autocast():
-                loss, z_0_hat, features = estimate(model, z, tt, e, source, y)
-                part, shares = {}, model.shares(source, y)
-                if crop:
-                    part = dict(weight=weight, voxels=(losses.count(mask), losses.count(lesion)))
-                    z_0_hat, features = (cut(x, starts, crop, factor=4) for x in (z_0_hat, features))
-                    source, target, mask, lesion = (cut(x, starts, crop) for x in (source, target, mask, lesion))
-                pred, logit = model.decode(z_0_hat, source, features, shares, logit=True, odds=cfg.lesion_odds)
-            errors = torch.stack([*losses.post_training_error(pred.float(), target, mask, lesion, cfg.post_loss,
-                                                              cfg.lesion_floor, **part),
-                                  losses.lesion_cross_entropy(logit, mask, lesion, **part)])  # (3, B)
-            errors = lambda_of(tt, diffusion.timesteps, cfg.lambda_t) * errors
-            total = cfg.w_diffusion * loss + cfg.w_image * errors[0] + cfg.w_lesion * errors[1] + cfg.w_head * errors[2]
-            parts.append(torch.stack([total, loss, *errors]))
-            run.backward(total.mean() / cfg.accumulate)
+        for chunk in zip(*[x.chunk(cfg.accumulate) for x in arrays], strict=True):
+            parts.append(batch_terms(cfg, run, model, *chunk))
+            run.backward(parts[-1][0].mean() / cfg.accumulate)
         norm = run.update(opt, cfg.grad_clip)
         run.scaler_step()
         ema.update(trained, step)
         stage.record(step, lr, lambda index=batch['index']: cohort.names(index),
                      **dict(zip(TERMS, torch.cat(parts, dim=1), strict=False)), grad_norm=norm)
     stage.close()
+
+
+def make_detail_branch(cfg, run, model, spec, cohort):
+    """Give the model its detail branch: as the regression U-Net, if one fits (then True), or at zero."""
+    model.detail = run.place(PixelUNet(spec.spatial_dims, cohort.source_channels, cohort.target_channels, True,
+                                       cfg.detail_channels, feature_channels=model.unet.feature_channels,
+                                       lesion_head=cfg.lesion_head, classes=classes_of(cfg, spec)))
+    regression = load_model(cfg, run, 'regression') if checkpoint_path(cfg, 'regression').exists() else None
+    same = ('spatial_dims', 'source_channels', 'image_channels', 'widths', 'blocks', 'lesion_head', 'classes')
+    if (regression and not differing(regression.prep, spec.travel())
+            and all(regression.regression.args[name] == model.detail.args[name] for name in same)):
+        model.detail.start_from(regression.regression)
+        return True
+    some = run.to_device(cohort.some())
+    model.detail.whiten.start_from(some['source'], some['mask'])
+    if model.detail.prior is not None and run.main:
+        model.detail.prior.fit(cohort)
+    return False
+
+
+def batch_terms(cfg, run, model, z_0, t, eps, source, label, target, mask, lesion):
+    """The first five of TERMS of a batch, (5, B): L, L_diffusion, E_mask, E_lesion, the head's cross entropy."""
+    crop = cfg.crop if source.ndim == 5 else None  # decode only a part: memory
+    if crop:  # drawn before the U-Net is at work: it waits for a GPU
+        starts, weight = draw_crops(lesion, mask >= 0 if cfg.post_loss == 'lapt' else mask, crop)
+    with run.autocast():
+        loss, z_0_hat, features = estimate(model, z_0, t, eps, source, label)
+        part, shares = {}, model.shares(source, label)
+        if crop:
+            part = dict(weight=weight, voxels=(losses.count(mask), losses.count(lesion)))
+            z_0_hat, features = (cut(x, starts, crop, factor=4) for x in (z_0_hat, features))
+            source, target, mask, lesion = (cut(x, starts, crop) for x in (source, target, mask, lesion))
+        pred, logit = model.decode(z_0_hat, source, features, shares, logit=True, odds=cfg.lesion_odds)
+    errors = torch.stack([*losses.post_training_error(pred.float(), target, mask, lesion, cfg.post_loss,
+                                                      cfg.lesion_floor, **part),
+                          losses.lesion_cross_entropy(logit, mask, lesion, **part)])  # (3, B)
+    errors = lambda_of(t, model.diffusion.timesteps, cfg.lambda_t) * errors
+    total = cfg.w_diffusion * loss + cfg.w_image * errors[0] + cfg.w_lesion * errors[1] + cfg.w_head * errors[2]
+    return torch.stack([total, loss, *errors])
 
 
 def estimate(model, z_0, t, eps, source, label):
