@@ -17,7 +17,7 @@ NAMES = {'': 'this model', 'unet': 'stage 2, before post-training', 'regression'
          'aae': 'autoencoder (given the true image)', 'mean': 'mean training image'}
 STAGES = {'aae': 'stage 1: autoencoder', 'unet': 'stage 2: latent U-Net', 'post': 'stage 3: post-training',
           'regression': 'regression U-Net'}
-COLOURS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#7F7F7F']
+COLOURS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#56B4E9', '#D55E00', '#7F7F7F', '#000000', '#882255']
 POSITIVE, NEGATIVE = '#D55E00', '#0072B2'
 PANELS = {
     'ctp2dwi': [
@@ -288,7 +288,7 @@ def draw_tradeoff(path, curves, dpi=110):
     figure, (whole, close) = plt.subplots(1, 2, figsize=(12.4, 4.8), layout='constrained', width_ratios=(3, 2))
     best = max(psnr[0] for points in curves.values() for psnr, _ in points)
     heights = []
-    for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle('osD^vP*'), strict=False):
+    for (name, points), colour, marker in zip(curves.items(), cycle(COLOURS), cycle('osD^vP*Xh'), strict=False):
         (x, x_low, x_high), (y, y_low, y_high) = np.array(points).transpose(1, 2, 0)
         whole.errorbar(x, y, [y - y_low, y_high - y], [x - x_low, x_high - x], color=colour, marker=marker, capsize=2,
                        markersize=7, linewidth=1.4, elinewidth=0.7, label=name)

@@ -89,7 +89,9 @@ CURVES = {'ours: lesion_odds 1, 6, 8, 12': ('stroke/odds_1', 'stroke/odds_6', 's
               'stroke/control', 'stroke/no_detail_weight_0', 'stroke/no_detail', 'stroke/no_detail_weight_2'),
           "without detail branch, LAPT's loss": ('stroke/lapt_loss',),
           'regression U-Net: w_lesion 0, 0.3': ('stroke/plain_boxed', 'stroke/regression_boxed'),
-          'regression U-Net with our lesion head and odds': ('stroke/head_boxed',)}
+          'regression U-Net with our lesion head and odds': ('stroke/head_boxed',),
+          'the same, 10000 steps: lesion_odds 1, 8': ('stroke/head_long_odds_1', 'stroke/head_long'),
+          'regression U-Net, 10000 steps: w_lesion 0, 0.3': ('stroke/plain_long', 'stroke/weighted_long')}
 
 
 def columns_of(name):
