@@ -1,5 +1,6 @@
 """
-What inference writes beside its tables: images, the record of how they were made, and where older ones go.
+What inference writes and says beside its figures: images, what they say of each subject, the record of how they were
+made, and where older ones go.
 
 Part of infer.py.
 """

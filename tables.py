@@ -37,7 +37,7 @@ TABLES = [  # title, the first line, the others, sets
       'stroke/earlier'], BOTH),
     ('Recipes, stroke, in equal time', 'stroke/ours',
      ['stroke/regression_boxed', 'stroke/plain_boxed', 'stroke/head_boxed'], ('fresh',)),
-    ('Three times the steps, stroke, one seed', 'stroke/head_long',
+    ('10000 steps, stroke, one seed', 'stroke/head_long',
      ['stroke/head_long_odds_1', 'stroke/weighted_long', 'stroke/plain_long', 'stroke/head_boxed'], BOTH),
     ('How much to believe in a lesion', 'stroke/ours', ['stroke/odds_1', 'stroke/odds_6', 'stroke/odds_12',
                                                         'stroke/everywhere', 'stroke/head_odds_1',

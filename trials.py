@@ -50,7 +50,7 @@ WHOLE = '--trim False'  # on the whole grid
 LONG = f'{REGRESSION} --regression_steps 2600 {WHOLE}'
 PLAIN = f'{LONG} --w_lesion 0 --lesion_head False'
 BOXED = f'{REGRESSION} --regression_steps 4300'
-TRIPLED = f'{REGRESSION} --regression_steps 10000'
+FAR = f'{REGRESSION} --regression_steps 10000'
 EVERYWHERE = '--lesion_odds 4 --lesion_core 0'
 ODDS_6 = '--lesion_odds 6'  # the default of then
 POST_6 = f'{POST} {ODDS_6}'
@@ -101,18 +101,18 @@ TRIALS = [
           (f'{BOXED} --lesion_head False --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, WITH_FRESH),
     Trial('stroke/head_boxed', 'regression U-Net with our lesion head and odds, 4300 steps in boxes, equal time',
           (f'{BOXED} --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, WITH_FRESH),
-    Trial('stroke/ours_long', 'ours, 9000 steps of regression: three times the time',
+    Trial('stroke/ours_long', 'ours, 9000 steps of regression, in the time of 10000 of the rivals',
           (AAE, UNET, f'{REGRESSION} --w_lesion 0 --regression_steps 9000', POST), seeds=THREE, sets=BOTH),
     Trial('stroke/ours_long_odds_1', 'the same, lesion_odds 1 in inference', (), 'stroke/ours_long', '--lesion_odds 1',
           THREE, BOTH),
     Trial('stroke/head_long', 'regression U-Net with our lesion head and odds, 10000 steps in boxes',
-          (f'{TRIPLED} --w_lesion 0',), infer='--stage regression', seeds=(2,), sets=BOTH),
+          (f'{FAR} --w_lesion 0',), infer='--stage regression', seeds=(2,), sets=BOTH),
     Trial('stroke/head_long_odds_1', 'the same, lesion_odds 1 in inference', (), 'stroke/head_long',
           '--stage regression --lesion_odds 1', (2,), BOTH),
     Trial('stroke/weighted_long', 'regression U-Net, the same lesion weight, 10000 steps in boxes',
-          (f'{TRIPLED} --lesion_head False',), infer='--stage regression', seeds=THREE, sets=BOTH),
+          (f'{FAR} --lesion_head False',), infer='--stage regression', seeds=THREE, sets=BOTH),
     Trial('stroke/plain_long', 'regression U-Net, no lesion weight, 10000 steps in boxes',
-          (f'{TRIPLED} --lesion_head False --w_lesion 0',), infer='--stage regression', seeds=THREE, sets=BOTH),
+          (f'{FAR} --lesion_head False --w_lesion 0',), infer='--stage regression', seeds=THREE, sets=BOTH),
     Trial('stroke/regression_head', 'regression U-Net with our lesion head, odds 6, 2600 steps on the whole grid',
           (f'{LONG} --w_lesion 0',), 'stroke/untrimmed', f'--stage regression {ODDS_6}', THREE, BOTH),
     Trial('stroke/no_head', 'ours on the whole grid without lesion head',
