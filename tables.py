@@ -16,7 +16,8 @@ from utils import write_atomic
 COLUMNS = {
     'stroke': dict(dwi_psnr='DWI PSNR, dB', adc_psnr='ADC PSNR, dB', dwi_ms_ssim='DWI MS-SSIM', lesion_mae='lesion MAE',
                    lesion_contrast_error='contrast error', lesion_dice_2ml='Dice above 2 ml',
-                   lesion_detected='detected', false_lesion_ml='false lesion, ml', lesion_rim_mae='rim MAE'),
+                   lesion_avd_ml='volume error, ml', lesion_head_avd_ml="the head's", lesion_detected='detected',
+                   false_lesion_ml='false lesion, ml', lesion_rim_mae='rim MAE'),
     'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error', suvr_bias='SUVR bias'),
     'stroke/anew': dict(
         dwi_psnr='DWI PSNR, dB', dwi_coverage_90='DWI', dwi_lesion_coverage_90='DWI, lesion',
@@ -37,8 +38,9 @@ TABLES = [  # title, the first line, the others, sets
       'stroke/earlier'], BOTH),
     ('Recipes, stroke, in equal time', 'stroke/ours',
      ['stroke/regression_boxed', 'stroke/plain_boxed', 'stroke/head_boxed'], ('fresh',)),
-    ('10000 steps, stroke, one seed', 'stroke/head_long',
-     ['stroke/head_long_odds_1', 'stroke/weighted_long', 'stroke/plain_long', 'stroke/head_boxed'], BOTH),
+    ('10000 steps, stroke', 'stroke/ours_long',
+     ['stroke/ours_long_odds_1', 'stroke/weighted_long', 'stroke/plain_long', 'stroke/head_long',
+      'stroke/head_long_odds_1', 'stroke/ours'], BOTH),
     ('How much to believe in a lesion', 'stroke/ours', ['stroke/odds_1', 'stroke/odds_6', 'stroke/odds_12',
                                                         'stroke/everywhere', 'stroke/head_odds_1',
                                                         'stroke/head_odds_1_weight_05'], BOTH),
@@ -90,7 +92,7 @@ CURVES = {'ours: lesion_odds 1, 6, 8, 12': ('stroke/odds_1', 'stroke/odds_6', 's
           "without detail branch, LAPT's loss": ('stroke/lapt_loss',),
           'regression U-Net: w_lesion 0, 0.3': ('stroke/plain_boxed', 'stroke/regression_boxed'),
           'regression U-Net with our lesion head and odds': ('stroke/head_boxed',),
-          'the same, 10000 steps: lesion_odds 1, 8': ('stroke/head_long_odds_1', 'stroke/head_long'),
+          'ours, 9000 steps: lesion_odds 1, 8': ('stroke/ours_long_odds_1', 'stroke/ours_long'),
           'regression U-Net, 10000 steps: w_lesion 0, 0.3': ('stroke/plain_long', 'stroke/weighted_long')}
 
 
