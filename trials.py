@@ -53,6 +53,7 @@ BOXED = f'{REGRESSION} --regression_steps 4300'
 FAR = f'{REGRESSION} --regression_steps 10000'
 EVERYWHERE = '--lesion_odds 4 --lesion_core 0'
 ODDS_6 = '--lesion_odds 6'  # the default of then
+SURE = '--lesion_core 0.9'
 POST_6 = f'{POST} {ODDS_6}'
 LAPT_LOSS = '--post_loss lapt --w_diffusion 1 --w_image 0.01 --w_lesion 0.02'
 LAPT = ('--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam --context 0 '
@@ -105,6 +106,9 @@ TRIALS = [
           (AAE, UNET, f'{REGRESSION} --w_lesion 0 --regression_steps 9000', POST), seeds=THREE, sets=BOTH),
     Trial('stroke/ours_long_odds_1', 'the same, lesion_odds 1 in inference', (), 'stroke/ours_long', '--lesion_odds 1',
           THREE, BOTH),
+    Trial('stroke/ours_long_sure', 'the same, lesion_core 0.9 in inference', (), 'stroke/ours_long', SURE, THREE, BOTH),
+    Trial('stroke/ours_long_odds_2', 'the same, lesion_core 0.9 and lesion_odds 2 in inference', (), 'stroke/ours_long',
+          f'{SURE} --lesion_odds 2', THREE, BOTH),
     Trial('stroke/head_long', 'regression U-Net with our lesion head and odds, 10000 steps in boxes',
           (f'{FAR} --w_lesion 0',), infer='--stage regression', seeds=THREE, sets=BOTH),
     Trial('stroke/head_long_odds_1', 'the same, lesion_odds 1 in inference', (), 'stroke/head_long',
@@ -150,6 +154,9 @@ TRIALS = [
            '--tune_decoder False --detail_branch False --optimizer adam --post_steps 300 --post_lr 1e-4'), '',
           PAPER_DDIM),
     Trial('stroke/anew', 'ours, trained anew', ALL, seeds=THREE, sets=BOTH, intervals=True),
+    Trial('stroke/anew_sure', 'the same, lesion_core 0.9 in inference', (), 'stroke/anew', SURE, THREE, BOTH),
+    Trial('stroke/anew_odds_2', 'the same, lesion_core 0.9 and lesion_odds 2 in inference', (), 'stroke/anew',
+          f'{SURE} --lesion_odds 2', THREE, BOTH),
     Trial('stroke/anew_plain', 'regression U-Net, no lesion weight, 4300 steps: the difference of the mirrored views',
           (f'{BOXED} --lesion_head False --w_lesion 0',), infer='--stage regression', seeds=(0, 1), sets=BOTH,
           intervals=True),
