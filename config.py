@@ -45,6 +45,7 @@ unit_scale = {'source': 1, 'dwi': 1, 'adc': 1}     # factor on a file's values, 
 num_classes = 0                  # number of label values in data_info.csv; 0: labels are not read
 flip = True                      # augmentation: left-right flips
 shift = 2                        # augmentation: shifts by up to this many voxels
+source_noise = 0.0               # augmentation: noise on the scaled source (-1..1), a standard deviation up to this
 trim = True                      # compute only in the box around the brain, slices of like size together
 workers = 0                      # loading processes; 0: the training process reads the cache itself
 

@@ -110,8 +110,12 @@ def _as_is(batch):
     return batch
 
 
-def augment(batch, generator, flip=True, shift=2):
-    """Left-right flip (first spatial axis), whole-voxel shifts up to `shift`: per sample, alike for all its arrays."""
+def augment(batch, generator, flip=True, shift=2, noise=0.0):
+    """Left-right flip (first spatial axis), whole-voxel shifts up to `shift`: per sample, alike for all its arrays.
+
+    noise: the source alone gets Gaussian noise, its standard deviation (source scaled to -1..1) drawn for each sample
+    between 0 and this; the background stays what it is.
+    """
     images = {name: batch[name] for name in BACKGROUND if name in batch}
     first = next(iter(images.values()))
     count, size = len(first), first.shape[2:]
@@ -128,4 +132,13 @@ def augment(batch, generator, flip=True, shift=2):
             for axis, s in enumerate(shifts[i], start=1):
                 if s:  # what came from beyond the border
                     moved[name][i].narrow(axis, 0 if s > 0 else size[axis - 1] + s, abs(s)).fill_(BACKGROUND[name])
+    if noise:
+        moved['source'] = _noisy(moved['source'], noise, generator)
     return {**batch, **moved}
+
+
+def _noisy(source, at_most, generator):
+    device = source.device if generator is None else generator.device
+    level = at_most * torch.rand(len(source), *[1] * (source.ndim - 1), generator=generator, device=device)
+    grain = torch.randn(source.shape, generator=generator, device=device)
+    return torch.where(source > -1, (source + (level * grain).to(source.device)).clamp(-0.9999, 1), source)

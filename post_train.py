@@ -33,9 +33,10 @@ from prior import classes_of
 from stage import Stage, needs_lesion
 
 TERMS = ['loss', 'diffusion', 'image', 'lesion', 'head', 'grad_norm']
-FIXED = ('seed', 'batch_size', 'optimizer', 'post_lr', 'ema', 'flip', 'shift', 'label_drop', 'post_loss', 'lambda_t',
-         'w_diffusion', 'w_image', 'w_lesion', 'lesion_floor', 'post_last_step_share', 'tune_decoder', 'detail_branch',
-         'detail_channels', 'detail_lr_scale', 'lesion_head', 'w_head', 'lesion_odds', 'label_head', 'crop')
+FIXED = ('seed', 'batch_size', 'optimizer', 'post_lr', 'ema', 'flip', 'shift', 'source_noise', 'label_drop',
+         'post_loss', 'lambda_t', 'w_diffusion', 'w_image', 'w_lesion', 'lesion_floor', 'post_last_step_share',
+         'tune_decoder', 'detail_branch', 'detail_channels', 'detail_lr_scale', 'lesion_head', 'w_head', 'lesion_odds',
+         'label_head', 'crop')
 
 
 def lambda_of(t, timesteps, kind):
@@ -164,7 +165,8 @@ def main():
 
         # One optimisation step.
         utils.seed_everything(cfg.seed, run.rank, step)
-        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, 0 if spec.trim else cfg.shift)
+        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, 0 if spec.trim else cfg.shift,
+                                cfg.source_noise)
         with torch.no_grad(), run.autocast():
             z_0 = model.aae.encode(batch['target']).float()
             goal = before.decode(z_0).float() if before else batch['target']

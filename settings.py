@@ -15,8 +15,8 @@ KINDS = {  # whatever the constants are edited to; all others are strings
     int: 'seed spatial_dims context frames num_classes shift workers latent_channels aae_blocks unet_blocks '
          'cond_channels cond_width timesteps aae_steps unet_steps post_steps batch_size accumulate warmup eval_every '
          'save_every disc_start disc_ramp regression_steps num_steps samples eval_batch',
-    float: 'frame_spacing frame_interval dropout last_step_share label_drop lr aae_lr post_lr grad_clip ema '
-           'w_adversarial regression_lr w_diffusion w_image w_lesion w_head lesion_odds lesion_core lesion_floor '
+    float: 'frame_spacing frame_interval source_noise dropout last_step_share label_drop lr aae_lr post_lr grad_clip '
+           'ema w_adversarial regression_lr w_diffusion w_image w_lesion w_head lesion_odds lesion_core lesion_floor '
            'post_last_step_share detail_lr_scale guidance',
     bool: 'resample flip trim normalise_latents detail_branch checkpointing regression lesion_head label_head '
           'tune_decoder mirror',

@@ -44,6 +44,7 @@ TABLES = [  # title, the first line, the others, sets
     ('How much to believe in a lesion', 'stroke/ours', ['stroke/odds_1', 'stroke/odds_6', 'stroke/odds_12',
                                                         'stroke/everywhere', 'stroke/head_odds_1',
                                                         'stroke/head_odds_1_weight_05'], BOTH),
+    ('Noise on the source in training', 'stroke/start_noise', ['stroke/anew_start'], BOTH),
     ('Surer of a lesion', 'stroke/anew_sure', ['stroke/anew', 'stroke/anew_odds_2', 'stroke/anew_plain'], BOTH),
     ('Share of voxels in their 90 % interval, stroke', 'stroke/anew', ['stroke/anew_plain', 'stroke/anew_one_width'],
      BOTH),

@@ -26,8 +26,8 @@ from prior import classes_of
 from stage import Stage, needs_lesion
 
 DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'context', 'frames', 'frame_spacing',
-        'frame_interval', 'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'trim', 'ema', 'seed',
-        'batch_size', 'optimizer')
+        'frame_interval', 'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'source_noise', 'trim',
+        'ema', 'seed', 'batch_size', 'optimizer')
 FIXED = DATA + ('lr', 'unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout',
                 'predict', 'schedule', 'timesteps', 'loss_weight', 'last_step_share', 'label_drop')
 FIXED_REGRESSION = DATA + ('regression_lr', 'regression_channels', 'w_image', 'w_lesion', 'lesion_floor', 'lesion_head',
@@ -85,7 +85,8 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
 
         # One optimisation step. Everything random is keyed by (seed, rank, step): a resumed run draws the same noise.
         utils.seed_everything(cfg.seed, run.rank, step)
-        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, 0 if spec.trim else cfg.shift)
+        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, 0 if spec.trim else cfg.shift,
+                                cfg.source_noise)
         with torch.no_grad(), run.autocast():
             z_0 = model.aae.encode(batch['target']).float()
         t, eps, label = diffusion.draws(z_0, batch['label'], cfg.num_classes, cfg.label_drop)
@@ -153,7 +154,8 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
             break
 
         utils.seed_everything(cfg.seed, run.rank, step)
-        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, 0 if spec.trim else cfg.shift)
+        batch = dataset.augment(run.to_device(next(batches)), None, cfg.flip, 0 if spec.trim else cfg.shift,
+                                cfg.source_noise)
         lr = utils.lr_at(step, cfg.regression_steps, cfg.regression_lr, cfg.warmup)
         utils.set_lr(opt, lr)
         parts = []

@@ -54,6 +54,7 @@ FAR = f'{REGRESSION} --regression_steps 10000'
 EVERYWHERE = '--lesion_odds 4 --lesion_core 0'
 ODDS_6 = '--lesion_odds 6'  # the default of then
 SURE = '--lesion_core 0.9'
+NOISE = '--source_noise 0.07'
 POST_6 = f'{POST} {ODDS_6}'
 LAPT_LOSS = '--post_loss lapt --w_diffusion 1 --w_image 0.01 --w_lesion 0.02'
 LAPT = ('--predict eps --normalise_latents False --last_step_share 0 --latent_channels 3 --optimizer adam --context 0 '
@@ -157,6 +158,10 @@ TRIALS = [
     Trial('stroke/anew_sure', 'ours, trained anew, lesion_core 0.9 in inference', (), 'stroke/anew', SURE, THREE, BOTH),
     Trial('stroke/anew_odds_2', 'the same, lesion_core 0.9 and lesion_odds 2', (), 'stroke/anew',
           f'{SURE} --lesion_odds 2', THREE, BOTH),
+    Trial('stroke/anew_start', 'the regression with lesion head that stage 3 of ours, trained anew, starts from', (),
+          'stroke/anew', '--stage regression', THREE, BOTH),
+    Trial('stroke/start_noise', 'the same with noise on the source in training',
+          (f'{REGRESSION} --w_lesion 0 {NOISE}',), infer='--stage regression', seeds=THREE, sets=BOTH),
     Trial('stroke/anew_plain', 'regression U-Net, no lesion weight, 4300 steps: the difference of the mirrored views',
           (f'{BOXED} --lesion_head False --w_lesion 0',), infer='--stage regression', seeds=(0, 1), sets=BOTH,
           intervals=True),

@@ -822,6 +822,26 @@ def test_augment(cohort):
     assert same([dataset.augment(batch, torch.Generator().manual_seed(3), flip=False, shift=0)], [batch])
 
 
+def test_augment_noise():
+    """Noise on the source alone, within the brain alone, of another strength for each sample."""
+    source = torch.full((64, 3, 20, 24), -1.0)
+    source[:, :, 4:16, 4:20] = torch.linspace(-0.5, 0.5, 12).view(1, 1, 12, 1)
+    batch = {'source': source, 'target': torch.rand(64, 2, 20, 24), 'mask': torch.ones(64, 1, 20, 24)}
+    draw = dict(flip=False, shift=0, noise=0.1)
+    noisy = dataset.augment(batch, torch.Generator().manual_seed(1), **draw)
+    assert same([noisy], [dataset.augment(batch, torch.Generator().manual_seed(1), **draw)])
+    assert all(torch.equal(noisy[name], batch[name]) for name in ('target', 'mask'))
+    inside = source > -1
+    assert torch.equal(noisy['source'] > -1, inside) and (noisy['source'][~inside] == -1).all()
+    assert torch.equal(batch['source'], source) and source.max() == 0.5  # the batch itself is left as it was
+    grain = (noisy['source'] - source)[:, :, 4:16, 4:20]
+    levels = grain.flatten(1).std(1)
+    assert 0 < levels.min() < 0.02 and 0.08 < levels.max() < 0.105 and abs(levels.mean() - 0.05) < 0.01
+    assert abs(grain.mean()) < 1e-3
+    whole = dataset.augment(batch, torch.Generator().manual_seed(1), flip=False, shift=0, noise=50.0)['source']
+    assert torch.equal(whole > -1, inside) and whole.abs().max() == 1  # however strong, the brain stays the brain
+
+
 def test_augment_volumes():
     generator = torch.Generator().manual_seed(0)
     batch = {'source': torch.rand(5, 1, 6, 7, 8), 'target': torch.rand(5, 2, 6, 7, 8), 'label': torch.arange(5)}
