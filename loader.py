@@ -141,4 +141,5 @@ def _noisy(source, at_most, generator):
     device = source.device if generator is None else generator.device
     level = at_most * torch.rand(len(source), *[1] * (source.ndim - 1), generator=generator, device=device)
     grain = torch.randn(source.shape, generator=generator, device=device)
-    return torch.where(source > -1, (source + (level * grain).to(source.device)).clamp(-0.9999, 1), source)
+    noisy = (source + (level * grain).to(source.device)).clamp(-0.9999, 1)  # not down to -1, which is the background
+    return torch.where(source > -1, noisy, source)
