@@ -42,7 +42,9 @@ class Trial:
 
 AAE, UNET, POST = 'train_aae.py', 'train_unet.py', 'post_train.py'
 REGRESSION = f'{UNET} --regression True'
+CORE_7 = '--lesion_core 0.7'  # the default of then
 ALL, THREE = (AAE, UNET, f'{REGRESSION} --w_lesion 0', POST), (0, 1, 2)
+ALL_7 = (*ALL[:2], f'{ALL[2]} {CORE_7}', f'{POST} {CORE_7}')
 BOTH, MORE, VALIDATION = ('test', 'shifted'), ('test', 'shifted', 'validation'), ('validation',)
 WITH_FRESH = (*BOTH, 'fresh')
 LATENT = f'{POST} --detail_branch False --post_steps 300'
@@ -52,8 +54,7 @@ PLAIN = f'{LONG} --w_lesion 0 --lesion_head False'
 BOXED = f'{REGRESSION} --regression_steps 4300'
 FAR = f'{REGRESSION} --regression_steps 10000'
 EVERYWHERE = '--lesion_odds 4 --lesion_core 0'
-ODDS_6 = '--lesion_odds 6'  # the default of then
-SURE = '--lesion_core 0.9'
+ODDS_6 = f'--lesion_odds 6 {CORE_7}'  # both the default of then
 NOISE = '--source_noise 0.07'
 POST_6 = f'{POST} {ODDS_6}'
 LAPT_LOSS = '--post_loss lapt --w_diffusion 1 --w_image 0.01 --w_lesion 0.02'
@@ -76,19 +77,23 @@ STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000',
 
 TRIALS = [
     # Stroke. The rivals in boxes have the time of all stages of ours; those on the whole grid that of ours there.
-    Trial('stroke/ours', "ours, by the demo's settings", ALL, seeds=THREE, sets=(*WITH_FRESH, *VALIDATION)),
+    Trial('stroke/sure', "ours, by the demo's settings", (POST,), 'stroke/anew', '', THREE, (*WITH_FRESH, *VALIDATION),
+          intervals=True),
+    Trial('stroke/ours', "ours with lesion_core 0.7, the demo's settings of then", ALL_7, infer=CORE_7, seeds=THREE,
+          sets=(*WITH_FRESH, *VALIDATION)),
     Trial('stroke/odds_6', 'ours, lesion_odds 6 in stage 3 and inference', (POST_6,), 'stroke/ours', ODDS_6,
           THREE, MORE),
     Trial('stroke/steps_2600', 'ours, 2600 steps of regression, odds 6',
-          (AAE, UNET, f'{REGRESSION} --w_lesion 0 --regression_steps 2600', POST_6), infer=ODDS_6, seeds=THREE,
+          (AAE, UNET, f'{ALL_7[2]} --regression_steps 2600', POST_6), infer=ODDS_6, seeds=THREE,
           sets=MORE),
     Trial('stroke/untrimmed', 'ours on the whole grid, 2150 steps of regression, odds 6',
-          (OLD_AAE, OLD_UNET, f'{REGRESSION} --w_lesion 0 {WHOLE} --regression_steps 2150', POST_6), infer=ODDS_6,
+          (OLD_AAE, OLD_UNET, f'{ALL_7[2]} {WHOLE} --regression_steps 2150', POST_6), infer=ODDS_6,
           seeds=THREE, sets=MORE),
     Trial('stroke/start', 'the regression with lesion head that stage 3 starts from, the same odds', (), 'stroke/ours',
-          '--stage regression', THREE, BOTH),
+          f'--stage regression {CORE_7}', THREE, BOTH),
     Trial('stroke/odds_1', 'ours, lesion_odds 1 in inference', (), 'stroke/ours', '--lesion_odds 1', THREE, BOTH),
-    Trial('stroke/odds_12', 'ours, lesion_odds 12 in inference', (), 'stroke/ours', '--lesion_odds 12', THREE, BOTH),
+    Trial('stroke/odds_12', 'ours, lesion_odds 12 in inference', (), 'stroke/ours', f'--lesion_odds 12 {CORE_7}', THREE,
+          BOTH),
     Trial('stroke/everywhere', 'ours on the whole grid with odds 4 everywhere, not only near a sure voxel',
           (f'{POST} {EVERYWHERE}',), 'stroke/untrimmed', EVERYWHERE, THREE, MORE),
     Trial('stroke/start_odds_1', 'the regression that ours on the whole grid starts from, lesion_odds 1', (),
@@ -102,16 +107,17 @@ TRIALS = [
     Trial('stroke/plain_boxed', 'regression U-Net, no lesion weight, 4300 steps in boxes, equal time',
           (f'{BOXED} --lesion_head False --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, WITH_FRESH),
     Trial('stroke/head_boxed', 'regression U-Net with our lesion head and odds, 4300 steps in boxes, equal time',
-          (f'{BOXED} --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, WITH_FRESH),
+          (f'{BOXED} --w_lesion 0 {CORE_7}',), 'stroke/ours', f'--stage regression {CORE_7}', THREE, WITH_FRESH),
     Trial('stroke/ours_long', 'ours, 9000 steps of regression, in the time of 10000 of the rivals',
-          (AAE, UNET, f'{REGRESSION} --w_lesion 0 --regression_steps 9000', POST), seeds=THREE, sets=BOTH),
+          (AAE, UNET, f'{ALL_7[2]} --regression_steps 9000', ALL_7[3]), infer=CORE_7, seeds=THREE,
+          sets=BOTH),
     Trial('stroke/ours_long_odds_1', 'the same, lesion_odds 1 in inference', (), 'stroke/ours_long', '--lesion_odds 1',
           THREE, BOTH),
-    Trial('stroke/ours_long_sure', 'the same, lesion_core 0.9 in inference', (), 'stroke/ours_long', SURE, THREE, BOTH),
+    Trial('stroke/ours_long_sure', 'the same, lesion_core 0.9 in inference', (), 'stroke/ours_long', '', THREE, BOTH),
     Trial('stroke/ours_long_odds_2', 'the same, lesion_core 0.9 and lesion_odds 2 in inference', (), 'stroke/ours_long',
-          f'{SURE} --lesion_odds 2', THREE, BOTH),
+          '--lesion_odds 2', THREE, BOTH),
     Trial('stroke/head_long', 'regression U-Net with our lesion head and odds, 10000 steps in boxes',
-          (f'{FAR} --w_lesion 0',), infer='--stage regression', seeds=THREE, sets=BOTH),
+          (f'{FAR} --w_lesion 0 {CORE_7}',), infer=f'--stage regression {CORE_7}', seeds=THREE, sets=BOTH),
     Trial('stroke/head_long_odds_1', 'the same, lesion_odds 1 in inference', (), 'stroke/head_long',
           '--stage regression --lesion_odds 1', THREE, BOTH),
     Trial('stroke/weighted_long', 'regression U-Net, the same lesion weight, 10000 steps in boxes',
@@ -119,7 +125,7 @@ TRIALS = [
     Trial('stroke/plain_long', 'regression U-Net, no lesion weight, 10000 steps in boxes',
           (f'{FAR} --lesion_head False --w_lesion 0',), infer='--stage regression', seeds=THREE, sets=BOTH),
     Trial('stroke/regression_head', 'regression U-Net with our lesion head, odds 6, 2600 steps on the whole grid',
-          (f'{LONG} --w_lesion 0',), 'stroke/untrimmed', f'--stage regression {ODDS_6}', THREE, BOTH),
+          (f'{LONG} --w_lesion 0 {CORE_7}',), 'stroke/untrimmed', f'--stage regression {ODDS_6}', THREE, BOTH),
     Trial('stroke/no_head', 'ours on the whole grid without lesion head',
           (f'{REGRESSION} --w_lesion 0 --lesion_head False {WHOLE} --regression_steps 2150',
            f'{POST} --lesion_head False'), 'stroke/untrimmed', sets=BOTH),
@@ -154,14 +160,16 @@ TRIALS = [
            f'{POST} {LAPT_LOSS} {PAPER_DDIM} --lambda_t linear --flip False --shift 0 --post_last_step_share 0 '
            '--tune_decoder False --detail_branch False --optimizer adam --post_steps 300 --post_lr 1e-4'), '',
           PAPER_DDIM),
-    Trial('stroke/anew', 'ours, trained anew', ALL, seeds=THREE, sets=BOTH, intervals=True),
-    Trial('stroke/anew_sure', 'ours, trained anew, lesion_core 0.9 in inference', (), 'stroke/anew', SURE, THREE, BOTH),
+    Trial('stroke/anew', 'ours with lesion_core 0.7, trained anew', ALL_7, infer=CORE_7, seeds=THREE, sets=BOTH,
+          intervals=True),
+    Trial('stroke/anew_sure', 'the same, lesion_core 0.9 in inference', (), 'stroke/anew', '', THREE, BOTH),
     Trial('stroke/anew_odds_2', 'the same, lesion_core 0.9 and lesion_odds 2', (), 'stroke/anew',
-          f'{SURE} --lesion_odds 2', THREE, BOTH),
+          '--lesion_odds 2', THREE, BOTH),
     Trial('stroke/anew_start', 'the regression that stage 3 of ours, trained anew, starts from', (), 'stroke/anew',
-          '--stage regression', THREE, BOTH),
+          f'--stage regression {CORE_7}', THREE, BOTH),
     Trial('stroke/start_noise', 'regression U-Net of ours with noise on the source in training',
-          (f'{REGRESSION} --w_lesion 0 {NOISE}',), infer='--stage regression', seeds=THREE, sets=BOTH),
+          (f'{REGRESSION} --w_lesion 0 {NOISE} {CORE_7}',), infer=f'--stage regression {CORE_7}', seeds=THREE,
+          sets=BOTH),
     Trial('stroke/anew_plain', 'regression U-Net, no lesion weight, 4300 steps: the difference of the mirrored views',
           (f'{BOXED} --lesion_head False --w_lesion 0',), infer='--stage regression', seeds=(0, 1), sets=BOTH,
           intervals=True),
