@@ -200,6 +200,7 @@ def predicted_row(subject, pred, std, spec, intervals):
     What the images say of a subject, whether or not its truth is known; what it has not is left out.
 
       lesion_head_ml, suvr_pred            its number (NUMBERS), with <number>_low, _high: the 90 % interval
+      lesion_head_max                      the head's highest probability of a lesion
       lesion_rule_ml                       stroke: volume that the lesion rule finds in the synthetic images
     All in the whole brain mask, whatever part of it a target reaches.
     """
@@ -207,6 +208,8 @@ def predicted_row(subject, pred, std, spec, intervals):
     if (number := number_of(subject, pred, std, spec, subject.native_mask)) is not None:
         limits = number_row(number, spec, intervals) if name in intervals else {}
         row = {name: number[0]} | {k: v for k, v in limits.items() if not k.endswith('_covered')}
+    if (p := lesion_map(subject, pred)) is not None:
+        row['lesion_head_max'] = p.max()
     if {'dwi', 'adc'} <= set(spec.targets) and volume.in_units(spec.scaling):
         image = subject.to_native(pred)
         found = metrics.lesion_rule(image['dwi'], image['adc'], subject.native_mask, subject.voxel_ml)
@@ -215,11 +218,11 @@ def predicted_row(subject, pred, std, spec, intervals):
 
 
 def number_record(row, spec):
-    """What a prediction.json says of predicted_row: {number: {value, low_90, high_90}, lesion_rule_ml: value}."""
+    """What a prediction.json says of predicted_row: {number: {value, low_90, high_90}, another: value}."""
     name = NUMBERS[spec.task]
     said = dict(value=row.get(name), low_90=row.get(f'{name}_low'), high_90=row.get(f'{name}_high'))
     said = {key: round(x, 4) for key, x in said.items() if x is not None}
-    rest = {key: round(row[key], 4) for key in ('lesion_rule_ml',) if key in row}
+    rest = {key: round(row[key], 4) for key in ('lesion_head_max', 'lesion_rule_ml') if key in row}
     return ({name: said} if said else {}) | rest
 
 def fitting_ids(cfg, spec, *splits):

@@ -126,7 +126,7 @@ def infer_split(cfg, run, model, spec, folder):
     table = pd.DataFrame([row for row in rows if row['ID'] not in without])
     tables = {}
     if run.main:
-        tell(spec, folder, ids, rows, without, found)
+        tell(cfg, spec, folder, ids, rows, without, found)
         save_table(predictions(ids, found), f'{stem}_predictions.csv')
         print(f'{stem}_predictions.csv: what the images say of each subject')
     if not table.empty:

@@ -176,7 +176,7 @@ def write_record(folder, record):
     utils.write_atomic(folder / 'inference.json', lambda f: json.dump(record, f, indent=1), 'w')
 
 
-def tell(spec, folder, ids, rows, without, found):
+def tell(cfg, spec, folder, ids, rows, without, found):
     """Print what was remarked of single subjects, and move aside earlier images of those not translated now."""
     noted = [f'{id}: {note}' for id, notes in sorted(found.notes.items()) for note in notes]
     if noted:
@@ -186,6 +186,10 @@ def tell(spec, folder, ids, rows, without, found):
     flagged = [f'{id}: {text}' for id, text in sorted(found.qc.items()) if text not in ('ok', '')]
     if flagged:
         print(f'{len(flagged)} subjects have a source unlike the training set:', *flagged, sep='\n  ')
+    surest = [row['lesion_head_max'] for row in found.predicted.values() if 'lesion_head_max' in row]
+    if surest and max(surest) <= cfg.lesion_core and cfg.lesion_odds != 1:
+        print(f'in none of the {len(surest)} subjects is the probability of a lesion above lesion_core '
+              f'{cfg.lesion_core:g} (at most {max(surest):.2f}): lesion_odds changed nothing')
     if without:
         files = ', '.join(spec.targets[name].format(root=spec.root, id=without[0]) for name in spec.target_names)
         print(f'{len(without)} of {len(rows)} subjects have no truth, no figures: {", ".join(without[:10])}'

@@ -13,13 +13,14 @@ import status
 from trials import BOTH, BY_NAME, FEW, MORE, VALIDATION
 from utils import write_atomic
 
+COVERED = 'Share of voxels in their 90 % interval, stroke'  # the title of a table with columns of its own
 COLUMNS = {
     'stroke': dict(dwi_psnr='DWI PSNR, dB', adc_psnr='ADC PSNR, dB', dwi_ms_ssim='DWI MS-SSIM', lesion_mae='lesion MAE',
                    lesion_contrast_error='contrast error', lesion_dice_2ml='Dice above 2 ml',
                    lesion_avd_ml='volume error, ml', lesion_head_avd_ml="the head's", lesion_detected='detected',
                    false_lesion_ml='false lesion, ml', lesion_rim_mae='rim MAE'),
     'amyloid': dict(suvr_psnr='PSNR, dB', suvr_ms_ssim='MS-SSIM', suvr_error_abs='SUVR error', suvr_bias='SUVR bias'),
-    'stroke/anew': dict(
+    COVERED: dict(
         dwi_psnr='DWI PSNR, dB', dwi_coverage_90='DWI', dwi_lesion_coverage_90='DWI, lesion',
         dwi_rim_coverage_90='DWI, 6 mm around', adc_coverage_90='ADC', adc_lesion_coverage_90='ADC, lesion',
         adc_rim_coverage_90='ADC, 6 mm around', lesion_head_ml_covered='lesion volume',
@@ -30,24 +31,25 @@ COLUMNS['amyloid/anew'] = COLUMNS['amyloid'] | dict(
     suvr_pred_covered='composite SUVRs', suvr_width_90='half width')
 TEST = ('test',)
 TABLES = [  # title, the first line, the others, sets
-    ('Post-training', 'stroke/ours', ['stroke/stage2', 'stroke/control', 'stroke/start', 'stroke/start_odds_1'],
+    ('Post-training', 'stroke/sure', ['stroke/stage2', 'stroke/control', 'stroke/sure_start', 'stroke/start_odds_1'],
      BOTH),
-    ('Recipes, stroke', 'stroke/ours',
-     ['stroke/regression_boxed', 'stroke/plain_boxed', 'stroke/head_boxed', 'stroke/steps_2600', 'stroke/untrimmed',
-      'stroke/regression', 'stroke/regression_plain', 'stroke/regression_head', 'stroke/no_head', 'stroke/head_odds_1',
-      'stroke/earlier'], BOTH),
-    ('Recipes, stroke, in equal time', 'stroke/ours',
-     ['stroke/regression_boxed', 'stroke/plain_boxed', 'stroke/head_boxed'], ('fresh',)),
-    ('10000 steps, stroke', 'stroke/ours_long',
-     ['stroke/ours_long_sure', 'stroke/ours_long_odds_2', 'stroke/ours_long_odds_1', 'stroke/weighted_long',
-      'stroke/plain_long', 'stroke/head_long', 'stroke/head_long_odds_1', 'stroke/ours'], BOTH),
-    ('How much to believe in a lesion', 'stroke/ours', ['stroke/odds_1', 'stroke/odds_6', 'stroke/odds_12',
-                                                        'stroke/everywhere', 'stroke/head_odds_1',
-                                                        'stroke/head_odds_1_weight_05'], BOTH),
+    ('Recipes, stroke', 'stroke/sure',
+     ['stroke/ours', 'stroke/regression_boxed', 'stroke/plain_boxed', 'stroke/head_boxed', 'stroke/steps_2600',
+      'stroke/untrimmed', 'stroke/regression', 'stroke/regression_plain', 'stroke/regression_head', 'stroke/no_head',
+      'stroke/head_odds_1', 'stroke/earlier'], BOTH),
+    ('Recipes, stroke, in equal time', 'stroke/sure',
+     ['stroke/ours', 'stroke/regression_boxed', 'stroke/plain_boxed', 'stroke/head_boxed'], ('fresh',)),
+    ('10000 steps, stroke', 'stroke/ours_long_sure',
+     ['stroke/ours_long', 'stroke/ours_long_odds_2', 'stroke/ours_long_odds_1', 'stroke/weighted_long',
+      'stroke/plain_long', 'stroke/head_long_sure', 'stroke/head_long', 'stroke/head_long_odds_1', 'stroke/sure'],
+     BOTH),
+    ('How much to believe in a lesion', 'stroke/sure',
+     ['stroke/sure_odds_1', 'stroke/sure_odds_2', 'stroke/sure_odds_12', 'stroke/anew', 'stroke/anew_plain'], BOTH),
+    ('How much to believe in a lesion, lesion_core 0.7', 'stroke/ours',
+     ['stroke/odds_1', 'stroke/odds_6', 'stroke/odds_12', 'stroke/everywhere', 'stroke/head_odds_1',
+      'stroke/head_odds_1_weight_05'], BOTH),
     ('Noise on the source in training', 'stroke/start_noise', ['stroke/anew_start'], BOTH),
-    ('Surer of a lesion', 'stroke/anew_sure', ['stroke/anew', 'stroke/anew_odds_2', 'stroke/anew_plain'], BOTH),
-    ('Share of voxels in their 90 % interval, stroke', 'stroke/anew', ['stroke/anew_plain', 'stroke/anew_one_width'],
-     BOTH),
+    (COVERED, 'stroke/sure', ['stroke/anew', 'stroke/anew_plain', 'stroke/anew_one_width'], BOTH),
     ('Loss, weights, decoder, without detail branch', 'stroke/no_detail',
      ['stroke/no_detail_weight_0', 'stroke/no_detail_weight_2', 'stroke/lapt_loss', 'stroke/frozen_decoder'], TEST),
     ('Recipes, stroke, one seed', 'stroke/ours',
@@ -84,7 +86,8 @@ TABLES = [  # title, the first line, the others, sets
      TEST),
 ]
 # The figure: lesion MAE against PSNR as the lesion's weight, or its odds in inference, grow.
-CURVES = {'ours: lesion_odds 1, 6, 8, 12': ('stroke/odds_1', 'stroke/odds_6', 'stroke/ours', 'stroke/odds_12'),
+CURVES = {'ours: lesion_odds 1, 2, 8, 12': ('stroke/sure_odds_1', 'stroke/sure_odds_2', 'stroke/sure',
+                                            'stroke/sure_odds_12'),
           'before the odds: its start, w_lesion 0.3, 0.5': ('stroke/start_odds_1', 'stroke/head_odds_1',
                                                            'stroke/head_odds_1_weight_05'),
           'before the lesion head: its start, w_lesion 0.3, 0.5, 1': ('stroke/earlier_start', 'stroke/earlier',
@@ -94,13 +97,14 @@ CURVES = {'ours: lesion_odds 1, 6, 8, 12': ('stroke/odds_1', 'stroke/odds_6', 's
           "without detail branch, LAPT's loss": ('stroke/lapt_loss',),
           'regression U-Net: w_lesion 0, 0.3': ('stroke/plain_boxed', 'stroke/regression_boxed'),
           'regression U-Net with our lesion head and odds': ('stroke/head_boxed',),
-          'ours, 9000 steps: lesion_odds 1, 8': ('stroke/ours_long_odds_1', 'stroke/ours_long'),
+          'ours, 9000 steps: lesion_odds 1, 2, 8': ('stroke/ours_long_odds_1', 'stroke/ours_long_odds_2',
+                                                    'stroke/ours_long_sure'),
           'regression U-Net, 10000 steps: w_lesion 0, 0.3': ('stroke/plain_long', 'stroke/weighted_long')}
 
 
-def columns_of(name):
-    """column of test.csv -> its heading, of the tables whose first line is this trial."""
-    return COLUMNS.get(name) or COLUMNS[BY_NAME[name].task]
+def columns_of(name, title=''):
+    """column of test.csv -> its heading, of the table of this title, or those whose first line is this trial."""
+    return COLUMNS.get(title) or COLUMNS.get(name) or COLUMNS[BY_NAME[name].task]
 
 
 def files(trial, group):
@@ -144,7 +148,7 @@ def differs_in_each_seed(reference, name, group, column):
     return len(sides) == 1 and (len(seeds) > 1 or same_networks)
 
 
-def compared(reference, others, group):
+def compared(reference, others, group, title=''):
     """(name -> table of the same subjects, name -> seeds, Holm's p as (metric, name) -> p) of one table of the report.
 
     Each line is tested against the first one's same seeds: one seed against the mean of three would be unfair. The
@@ -162,7 +166,7 @@ def compared(reference, others, group):
     def of_same(table):
         return table[table['ID'].isin(same)].reset_index(drop=True).reindex(columns=['ID', *columns])
 
-    columns, moved = list(columns_of(reference)), {}
+    columns, moved = list(columns_of(reference, title)), {}
     lines = {name: of_same(table) for name, table in lines.items()}
     base = lines[reference]
     for name, common in shared.items():  # the first line + (this one - the first line's same seeds)
@@ -174,11 +178,11 @@ def compared(reference, others, group):
 
 def table_lines(title, reference, others, group):
     """One table in Markdown: mean and 95 % interval over subjects; * where Holm's p against the first line < 0.05."""
-    lines, seeds, p_holm = compared(reference, others, group)
+    lines, seeds, p_holm = compared(reference, others, group, title)
     if not lines:
         return []
     task = BY_NAME[reference].task
-    columns, extra = columns_of(reference), ['AUC'] if task == 'amyloid' else []
+    columns, extra = columns_of(reference, title), ['AUC'] if task == 'amyloid' else []
     text = [f'**{title}**, {len(lines[reference])} subjects of the set "{group}"', '',
             '| | seeds | CPU s | ' + ' | '.join([*columns.values(), *extra]) + ' |',
             '| --- |' + ' --- |' * (2 + len(columns) + len(extra))]

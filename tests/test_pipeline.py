@@ -103,7 +103,7 @@ def test_every_file_of_the_contract_is_there(trained):
             assert 0 <= image.min() and image.max() <= 1 and np.ptp(image[inside]) > 0 and not image[~inside].any()
         record = json.loads((folder / 'pred' / id / 'prediction.json').read_text())
         assert record['id'] == id and record['sampler'] == 'one_step' and 'Unet_post' in record['checkpoint']
-        assert record['lesion_odds'] == 8 and record['lesion_core'] == 0.7
+        assert record['lesion_odds'] == 8 and record['lesion_core'] == 0.9
         assert (record['seed'], record['label'], set(record['units'])) == (0, 'unknown', set(settings['targets']))
         assert record['settings']['task'] == task and record['settings']['scaling']['source']
     calibration = folder / 'test_lesion_calibration.csv'
@@ -180,11 +180,11 @@ def test_a_regression_needs_no_other_stage(trained, capsys):
     assert 'train_aae' not in (folder / 'report.html').read_text()
 
 
-def test_lesion_odds_are_chosen_in_inference(trained):
+def test_lesion_odds_are_chosen_in_inference(trained, capsys):
     """The README's settings: other images from the same networks, the same probability of a lesion."""
     task, settings, folder = trained
     words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'odds', '--only_model')
-    made_runs.call('infer', *words, '--lesion_odds', '12', '--lesion_core', '0')  # 14 phantoms teach no p above 0.7
+    made_runs.call('infer', *words, '--lesion_odds', '12', '--lesion_core', '0')  # 14 phantoms teach no p above 0.9
     for id in ids('test'):
         record = json.loads(Path('result/odds/pred', id, 'prediction.json').read_text())
         assert record['lesion_odds'] == 12 and record['lesion_core'] == 0
@@ -192,6 +192,10 @@ def test_lesion_odds_are_chosen_in_inference(trained):
             mine, theirs = (nib.load(p).get_fdata() for p in (Path('result/odds/pred', id, path.name), path))
             moved = np.abs(mine - theirs).max() > 1e-6 * np.ptp(theirs)
             assert moved == (task == 'ctp2dwi' and 'probability' not in path.name), path
+    # Where nothing is as sure as asked for, the odds do nothing, and that is said.
+    assert 'lesion_odds changed nothing' not in capsys.readouterr().out
+    made_runs.call('infer', *words, '--lesion_core', '1')
+    assert ('lesion_core 1 (at most 0.' in capsys.readouterr().out) == (task == 'ctp2dwi')
 
 
 def test_predictions_lie_on_the_subjects_own_grid(trained):
@@ -466,6 +470,8 @@ def test_the_number_of_a_subject_has_an_interval(trained):
         if task == 'ctp2dwi':
             error = abs(float(said[row['ID']]['lesion_rule_ml']) - float(row['lesion_ml']))
             assert error == pytest.approx(float(row['lesion_avd_ml']), rel=1e-4, abs=1e-4)
+            p = nib.load(Path('result/number/pred', row['ID'], 'lesion_probability.nii.gz')).get_fdata().max()
+            assert float(said[row['ID']]['lesion_head_max']) == pytest.approx(p, abs=1e-3)
         else:
             p = [float(said[row['ID']][f'label_probability_{c}']) for c in (0, 1)]
             assert sum(p) == pytest.approx(1, abs=1e-3) and p[1] == float(row['label_probability'])

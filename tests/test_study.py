@@ -58,6 +58,7 @@ def figures(tmp_path, monkeypatch):
         path.parent.mkdir(parents=True, exist_ok=True)
         table.sample(frac=1, random_state=seed).to_csv(path, index=False)  # in any order
 
+    write('stroke/sure', 0, 0)
     write('stroke/ours', 0, 0)
     write('stroke/ours', 1, 0)
     write('stroke/regression', 0, -1.5)
