@@ -36,7 +36,8 @@ def conclusions(table):
                     note += f', MONAI at {100 * of(monai, "share_of_peak"):.0f} % of the peak'
                 in_turn(f'time/monai {preset} {stage}', f'ratio/monai/{preset}/{stage}', note)
                 found.append((f'memory/monai {preset} {stage}', held(ours) / held(monai), '', 'without the imports'))
-        for ours, theirs in (('one_step', 'ddim'), ('one_step_latent', 'ddim'), ('image_grid', 'ddim'),
+        for ours, theirs in (('one_step', 'ddim'), ('one_step_latent', 'ddim'), ('detail_alone', 'ddim'),
+                             ('image_grid', 'ddim'),
                              ('image_grid_one_view', 'ddim'), ('ddim', 'ddim'), ('ddpm', 'ddpm')):
             ratio(f'subject {ours}/monai {theirs} {preset}', f'ours/{preset}/{ours}', f'monai/{preset}/{theirs}',
                   'seconds_subject')

@@ -117,6 +117,7 @@ crop = None                      # 3D: decode only a crop of this many voxels ar
 split = 'test'                   # train, validation or test
 sampler = 'one_step'             # one_step, ddim or ddpm
 num_steps = 50                   # steps of ddim and ddpm
+skip_latent = True               # one_step leaves the latent path out where stage 3 found that it adds nothing
 samples = 1                      # latents averaged before decoding; their spread joins the std map
 mirror = True                    # mean of the prediction and that of the left-right mirrored source: twice the time
 guidance = 1.0                   # classifier-free guidance on the label; 1: off

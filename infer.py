@@ -58,7 +58,6 @@ from outputs import (
 from translate import (
     Model,
     Sampling,
-    check_sampling,
     checkpoint_path,
     differing,
     label_probability,
@@ -71,6 +70,17 @@ from translate import (
 # What the training scripts take from here: validation is inference by construction.
 __all__ = ['Model', 'Sampling', 'check_sampling', 'checkpoint_path', 'differing', 'load_aae', 'load_model', 'translate',
            'evaluate', 'validate', 'fit_quality']
+
+
+def check_sampling(cfg, model, spec):
+    """Settings that do not fit the network, or would do nothing, before anything is moved or written."""
+    if model.diffusion is not None and model.diffusion.predict == 'eps' and cfg.sampler == 'one_step':
+        raise config.SettingError("sampler 'one_step' is refused: this network predicts eps; use --sampler ddim")
+    if model.diffusion is not None and cfg.sampler != 'one_step' and cfg.num_steps > model.diffusion.timesteps:
+        raise config.SettingError(f'num_steps {cfg.num_steps} is more than the {model.diffusion.timesteps} steps of '
+                                  "this network's schedule")
+    if cfg.label != 'unknown' and not spec.num_classes:
+        raise config.SettingError(f'label {cfg.label} was given, but this network was trained without labels')
 
 
 def infer_split(cfg, run, model, spec, folder):
@@ -323,6 +333,8 @@ def main():
             print(f'guidance {cfg.guidance:g} has no effect while the label is unknown')
         if model.regression is not None and (cfg.sampler != 'one_step' or cfg.samples != 1):
             print('sampler, num_steps and samples have no effect: a U-Net on the image grid does not sample')
+        if model.skips_latent(cfg):
+            print('the latent path is left out: in stage 3 it added nothing to the validation images')
         if not model.qc:
             print('sources are not checked: this checkpoint does not say what a good one looks like')
     if cfg.input:

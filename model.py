@@ -263,7 +263,8 @@ class PixelUNet(nn.Module):
     As the regression baseline it takes the source alone, and starts at zero. As the detail branch (with_image) it takes
     the decoded prediction beside it, and at a quarter of the size the latent U-Net's features (B, feature_channels,
     *S/4); it gives back what the latent space lost, pred = g D(z_0_hat) + R(source, D(z_0_hat), features), and starts
-    as D(z_0_hat): g (one number a target) at 1 and R at zero.
+    as D(z_0_hat): g (one number a target) at 1 and R at zero. Without image and features the latent adds nothing: g and
+    all weights that read it count as zero.
 
     With lesion_head the last layer gives two images and a logit: pred = healthy + q * change. The logit is trained to
     tell the lesion (losses.lesion_cross_entropy): p = sigmoid(logit) is its probability, and what is there is decided,
@@ -310,12 +311,15 @@ class PixelUNet(nn.Module):
 
     def forward(self, source, image=None, features=None, logit=False, odds=1.0, shares=None, apart=False,
                 chances=None):
+        latent = image is not None
+        if self.share is not None and not latent:
+            image = source.new_zeros(len(source), self.args['image_channels'], *source.shape[2:])
         if self.prior is not None and shares is None:
             shares = self.prior.shares(source)
         x = self.whiten(source)
         x, skips = self.conv_in(x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)), []
         for i, block in enumerate(self.down):
-            if i == self.join_at and self.join is not None:
+            if i == self.join_at and features is not None:
                 x = x + upsample(self.join(features), x.shape[2:])
             x = block(x)
             if i < len(self.shrink):
@@ -329,7 +333,7 @@ class PixelUNet(nn.Module):
         changes = more[len(more) + 1 - self.args['classes']:] if self.args['classes'] else []  # of classes 1, 2 ..
         mixed = sum(_times(shares[:, c], x) for c, x in enumerate(changes, start=1))
         pred = pred + mixed if changes else pred
-        if image is not None:
+        if latent:
             pred = pred + self.share.view(-1, *[1] * (image.ndim - 2)) * image
         if apart:
             spread = None

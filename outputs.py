@@ -43,9 +43,9 @@ def prediction_record(cfg, model, spec):
     decoder, aae = (model.aae.decoder, fingerprint(model.aae)) if model.aae else (None, None)
     nets = [net for net in (model.unet, decoder, model.detail, model.regression) if net is not None]
     way = dict(sampler=cfg.sampler, num_steps=1 if cfg.sampler == 'one_step' else cfg.num_steps, samples=cfg.samples,
-               guidance=cfg.guidance)
+               guidance=cfg.guidance, skip_latent=model.skips_latent(cfg))
     if model.regression is not None:  # which does not sample
-        way = dict(sampler='none', num_steps=1, samples=1, guidance=1.0)
+        way = dict(sampler='none', num_steps=1, samples=1, guidance=1.0, skip_latent=False)
     return dict(checkpoint=model.origin, aae=aae, weights=fingerprint(torch.nn.ModuleList(nets)), exp=cfg.exp, **way,
                 label=cfg.label, mirror=cfg.mirror, seed=cfg.seed, lesion_odds=cfg.lesion_odds,
                 lesion_core=cfg.lesion_core, units=units, settings=spec.travel())
@@ -57,7 +57,8 @@ def settings_of(path):
         found = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):  # not there, or damaged: who knows
         return {}
-    return {name: value for name, value in found.items() if name not in ('intervals', 'fitted_on')}
+    found = {name: value for name, value in found.items() if name not in ('intervals', 'fitted_on')}
+    return dict(skip_latent=False) | found  # older ones do not say it
 
 
 TABLES = ('', '_predictions', '_summary', '_status', '_lesion_calibration', '_mean', '_aae', '_unet', '_regression',
@@ -139,7 +140,7 @@ def known_intervals(cfg, model, record):
     return {}
 
 
-WAYS = 'sampler num_steps samples guidance label mirror seed lesion_odds lesion_core'.split()
+WAYS = 'sampler num_steps samples guidance skip_latent label mirror seed lesion_odds lesion_core'.split()
 
 
 def no_intervals(cfg, model, record):

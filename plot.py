@@ -296,10 +296,10 @@ def facts_of(spec, run):
         label = 'none: this task has no label' if not spec.num_classes else record.get('label', '?')
         label = 'true, read from data_info.csv' if label == 'true' else label
         more = [f'{name} {record.get(name, "?")}' for name in ('guidance', 'seed')]
+        more += ['latent path left out'] * bool(record.get('skip_latent'))
         sampler = [str(record.get('sampler', '?')), *counts, *more]
         sampler = ['none: a U-Net on the image grid'] if sampler[0] == 'none' else sampler
-        sampler += ['mean with the mirrored source'] if record.get('mirror') else []
-        rows += [('sampler', ', '.join(sampler)),
+        rows += [('sampler', ', '.join(sampler + ['mean with the mirrored source'] * bool(record.get('mirror')))),
                  ('label given to the network', label), ('split', record.get('split', '-')),
                  ('units', ', '.join(f'{name}: {unit}' for name, unit in record.get('units', {}).items()))]
     checked = run.predictions if run.predictions is not None else run.test

@@ -19,7 +19,7 @@ KINDS = {  # whatever the constants are edited to; all others are strings
            'ema w_adversarial regression_lr w_diffusion w_image w_lesion w_head lesion_odds lesion_core lesion_floor '
            'post_last_step_share detail_lr_scale guidance',
     bool: 'resample flip trim normalise_latents detail_branch checkpointing regression lesion_head label_head '
-          'tune_decoder mirror',
+          'tune_decoder mirror skip_latent',
     tuple: 'spacing image_size aae_channels disc_channels unet_channels unet_attention detail_channels '
            'regression_channels crop',
     dict: 'targets scaling unit_scale'}

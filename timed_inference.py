@@ -53,7 +53,8 @@ def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
     """One subject by each sampler that the preset's network allows; of `items` slices, scaled to the whole subject.
 
     As infer.py does it: mirrored, and in boxes around the brain, where the preset says so. one_step_latent: without
-    detail branch and mirrored source. image_grid: the U-Net on the image grid as a model of its own; _one_view: not
+    detail branch and mirrored source. detail_alone: one_step where stage 3 found that the latent path adds nothing.
+    image_grid: the U-Net on the image grid as a model of its own; _one_view: not
     mirrored. ddim, ddpm: numbers of steps that are measured; other than 50 and 1000 are extrapolated from two of them.
     """
     cfg = config.load('', ['--preset', preset, *words])
@@ -69,6 +70,7 @@ def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
     def subject(name, steps):
         net = alone if name.startswith('image_grid') else model
         net = replace(model, detail=None) if name == 'one_step_latent' else net
+        net = replace(model, latent_adds=False) if name == 'detail_alone' else net
         sampler = name if name in ('ddim', 'ddpm') else 'one_step'
         mirror = cfg.mirror and name not in ('one_step_latent', 'image_grid_one_view')
         way = Sampling(sampler, steps, mirror=mirror, eval_batch=cfg.eval_batch, trim=cfg.trim)
@@ -76,6 +78,7 @@ def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
         return repeat(lambda: translate(run, net, source, 'made', way, mask=mask), **how | more)
 
     plan = [] if cfg.predict == 'eps' else [(name, 1, (1,)) for name in ('one_step', 'one_step_latent')]
+    plan += [('detail_alone', 1, (1,))] if alone and plan else []
     plan += [(name, 1, (1,)) for name in ('image_grid', 'image_grid_one_view')] if alone else []
     rows = []
     for name, wanted, counts in plan + [('ddim', 50, ddim), ('ddpm', cfg.timesteps, ddpm)]:
@@ -84,7 +87,8 @@ def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
             row[key] *= whole / items
         if items != whole:
             row['note'] = '; '.join(filter(None, [row['note'], f'{items} slices, scaled to {whole}']))
-        net = alone.regression if name.startswith('image_grid') else model.unet
+        net = model.detail if name == 'detail_alone' else model.unet
+        net = alone.regression if name.startswith('image_grid') else net
         rows.append(row | dict(batch=items, precision=run.precision,
                                parameters=sum(p.numel() for p in net.parameters())))
     return rows

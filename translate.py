@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import config
 import grid
 import utils
 from diffusion import Diffusion, sample
@@ -36,6 +35,7 @@ class Model:
     qc: dict = None          # what a good source looks like (quality.qc_fit)
     stage: str = 'aae'       # aae, unet, post or regression
     origin: str = ''         # which checkpoint, for people
+    latent_adds: bool = True  # whether the latent path adds anything to the detail branch's images (post_train.py)
 
     def decode(self, z_0, source, features, shares=None, **how):
         """Latents (B, c, *s), source (B, C, *S), the U-Net's features -> images (B, K, *S): D(z_0), or g D(z_0) + R.
@@ -63,6 +63,11 @@ class Model:
         """What of each class's image the label head takes for sources and labels (LabelPrior.shares), or None."""
         return None if self.prior is None else self.prior.shares(source, label, **how)
 
+    def skips_latent(self, how):
+        """Whether the detail branch alone makes the images (not if it is to sample); how: Sampling or settings."""
+        asked = how.sampler != 'one_step' or how.samples != 1 or how.guidance != 1
+        return how.skip_latent and not self.latent_adds and not asked
+
     def eval(self):
         for net in (self.aae, self.unet, self.detail, self.regression):
             if net is not None:
@@ -84,28 +89,18 @@ class Sampling:
     lesion_core: float = 0.0
     reach: tuple = (1, 1, 1)  # CORE_REACH in voxels: slices, x, y of 2D items; x, y, z of volumes
     trim: bool = False        # as the network was trained (Spec.trim)
+    skip_latent: bool = True
 
     @classmethod
     def of(cls, cfg, spec):
         return cls(cfg.sampler, cfg.num_steps, cfg.samples, cfg.guidance, cfg.seed, cfg.mirror, cfg.eval_batch,
-                   cfg.lesion_odds, cfg.lesion_core, trim=spec.trim)
+                   cfg.lesion_odds, cfg.lesion_core, trim=spec.trim, skip_latent=cfg.skip_latent)
 
     def at(self, subject):
         """The same for one subject: CORE_REACH in its voxels, which `spacing` need not say."""
         size = np.linalg.norm(subject.grid[1][:3, :3], axis=0)
         voxels = [max(1, round(CORE_REACH / mm)) for mm in size]
         return replace(self, reach=(1, *voxels[:2]) if subject.spec.spatial_dims == 2 else tuple(voxels))
-
-
-def check_sampling(cfg, model, spec):
-    """Settings that do not fit the network, or would do nothing, before anything is moved or written."""
-    if model.diffusion is not None and model.diffusion.predict == 'eps' and cfg.sampler == 'one_step':
-        raise config.SettingError("sampler 'one_step' is refused: this network predicts eps; use --sampler ddim")
-    if model.diffusion is not None and cfg.sampler != 'one_step' and cfg.num_steps > model.diffusion.timesteps:
-        raise config.SettingError(f'num_steps {cfg.num_steps} is more than the {model.diffusion.timesteps} steps of '
-                                  "this network's schedule")
-    if cfg.label != 'unknown' and not spec.num_classes:
-        raise config.SettingError(f'label {cfg.label} was given, but this network was trained without labels')
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -189,7 +184,7 @@ def _add_networks(cfg, run, model, stage, path, data):
                                  '--restart, or infer.py --stage unet')
     model.stage, model.qc = stage, data.get('qc')
     model.origin = f"{utils.BEST[stage]} (EMA weights) at step {data['step']}"
-    model.prep = OLDER | data['prep']
+    model.prep, model.latent_adds = OLDER | data['prep'], data.get('latent_adds', True)
     if stage == 'regression':
         model.mean_image = data.get('mean_image')  # older files have none
         model.regression = run.place(PixelUNet(**data['args']))
@@ -275,6 +270,8 @@ def _translate_items(model, source, key, how, label, shape, box):
     mix = dict(shares=model.shares(source, labels), chances=model.shares(source, labels, power=1), apart=True)
     if model.regression is not None:
         return [model.regression(source, **mix)]
+    if model.skips_latent(how):
+        return [model.detail(source, **mix)]
     cond = model.unet.encode_source(source)
     factor = model.aae.factor
     part = tuple(slice(b.start // factor, b.start // factor + n // factor)

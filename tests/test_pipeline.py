@@ -127,6 +127,29 @@ def test_the_detail_branch_starts_as_the_regression_of_its_widths(trained):
     assert float(rows['post'][0]['psnr']) == pytest.approx(best, abs=1e-3)
 
 
+def test_the_latent_path_is_left_out_where_stage_3_found_nothing_in_it(trained, capsys):
+    """What was compared on validation is in the checkpoint, and inference says and records what it does."""
+    task, settings, folder = trained
+    words = (*settings['words'], '--init_from', settings['exp'])
+    # As the regression and not trained since, the latent path is unused; at zero it makes the image.
+    made_runs.call('post_train', *words, '--exp', 'begun', '--post_steps', '0')
+    data = torch.load('result/begun/CHECKPOINT_Unet_post.pth.tar', weights_only=True)
+    assert data['latent_adds'] == (task == 'ctp2dwi')
+    capsys.readouterr()
+    for exp, more in (('begun', ()), ('with', ('--init_from', 'begun', '--skip_latent', 'False'))):
+        made_runs.call('infer', *words, '--exp', exp, '--only_model', *more)
+        said = 'the latent path is left out' in capsys.readouterr().out
+        left_out = task == 'mri2pet' and exp == 'begun'
+        assert said == json.loads(Path('result', exp, 'inference.json').read_text())['skip_latent'] == left_out
+    for (name, mine), theirs in zip(images(Path('result/begun/pred')).items(),
+                                    images(Path('result/with/pred')).values(), strict=True):
+        assert np.abs(mine - theirs).max() <= 1e-5 * np.ptp(theirs), name
+    log, adds = (folder / 'log.txt').read_text(), torch.load(folder / 'CHECKPOINT_Unet_post.pth.tar',
+                                                             weights_only=True)['latent_adds']
+    assert adds or 'the latent path adds nothing' in log
+    assert json.loads((folder / 'inference.json').read_text())['skip_latent'] == (not adds)
+
+
 def test_the_control_and_the_regression_alone(trained):
     """The README's commands for them; --only_model leaves out baselines and intervals."""
     task, settings, folder = trained

@@ -15,6 +15,7 @@ from scipy.spatial.transform import Rotation
 import config
 import dataset
 import evaluate
+import post_train
 import utils
 from diffusion import Diffusion
 from model import AAE, PixelUNet, UNet
@@ -55,6 +56,39 @@ def test_the_mean_with_the_mirrored_source_is_symmetric(dims, kind, samples):
     assert plain[0].shape[1] == 2 + (kind == 'head')  # the probability of a lesion as a further channel
     if kind == 'head':
         assert 0 <= plain[0][:, 2].min() < plain[0][:, 2].max() <= 1
+
+
+@pytest.mark.parametrize('dims', [2, 3])
+def test_the_latent_path_is_left_out_where_it_adds_nothing(dims):
+    """The same images without it as with weights of zero; it runs where that is not known, or sampling is asked for."""
+    net, run = model(dims, 'head'), utils.Run('cpu', 'fp32')
+    source = np.random.default_rng(0).normal(size=(3, 3, *(16, 8, 8)[:dims])).astype(np.float32)
+    net.latent_adds = False
+    left_out, std = translate(run, net, source, 'sub', Sampling(mirror=True))
+    assert not np.allclose(left_out, translate(run, net, source, 'sub', Sampling(mirror=True, skip_latent=False))[0],
+                           atol=1e-2)
+    with torch.no_grad():
+        net.detail.conv_in.weight[:, -2:] = 0
+        for p in (net.detail.share, net.detail.join.weight, net.detail.join.bias):
+            p.zero_()
+    with_it = translate(run, net, source, 'sub', Sampling(mirror=True, skip_latent=False))
+    assert np.allclose(left_out, with_it[0], atol=1e-5) and np.allclose(std, with_it[1], atol=1e-5)
+    net.unet = None
+    assert np.array_equal(translate(run, net, source, 'sub', Sampling(mirror=True))[0], left_out)
+    for more in (dict(sampler='ddim', num_steps=2), dict(samples=2), dict(guidance=2.0), dict(skip_latent=False)):
+        with pytest.raises(AttributeError):
+            translate(run, net, source, 'sub', Sampling(**more))
+    net.latent_adds = True
+    with pytest.raises(AttributeError):
+        translate(run, net, source, 'sub', Sampling())
+
+
+def test_the_latent_path_adds_what_is_more_than_chance():
+    row = dict(psnr=31.0, lesion_mae=0.06)
+    for change, adds in ((dict(), False), (dict(psnr=30.99), False), (dict(psnr=30.9), True), (dict(psnr=31.2), False),
+                         (dict(lesion_mae=0.0602), False), (dict(lesion_mae=0.0604), True),
+                         (dict(lesion_mae=0.05), False), (dict(lesion_mae=float('nan')), False)):
+        assert post_train.latent_adds(row, row | change) == adds, change
 
 
 @pytest.mark.parametrize('dims', [2, 3])
