@@ -170,7 +170,6 @@ TRIALS = [
           BOTH),
     Trial('stroke/sure_start', 'the regression with lesion head that stage 3 starts from, the same odds', (),
           'stroke/sure', '--stage regression', THREE, WITH_FRESH),
-    Trial('stroke/anew_sure', 'ours, lesion_core 0.9 in inference', (), 'stroke/anew', '', THREE, BOTH),
     Trial('stroke/anew_start', 'the regression that stage 3 of ours starts from, without noise', (), 'stroke/anew',
           f'--stage regression {CORE_7}', THREE, BOTH),
     Trial('stroke/start_noise', 'regression U-Net of ours with noise on the source in training',
