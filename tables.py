@@ -96,7 +96,7 @@ CURVES = {'ours: lesion_odds 1, 2, 8, 12': ('stroke/sure_odds_1', 'stroke/sure_o
               'stroke/control', 'stroke/no_detail_weight_0', 'stroke/no_detail', 'stroke/no_detail_weight_2'),
           "without detail branch, LAPT's loss": ('stroke/lapt_loss',),
           'regression U-Net: w_lesion 0, 0.3': ('stroke/plain_boxed', 'stroke/regression_boxed'),
-          'regression U-Net with our lesion head and odds': ('stroke/head_boxed',),
+          'regression U-Net with our lesion head, lesion_core 0.7': ('stroke/head_boxed',),
           'ours, 9000 steps: lesion_odds 1, 2, 8': ('stroke/ours_long_odds_1', 'stroke/ours_long_odds_2',
                                                     'stroke/ours_long_sure'),
           'regression U-Net, 10000 steps: w_lesion 0, 0.3': ('stroke/plain_long', 'stroke/weighted_long')}
