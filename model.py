@@ -319,7 +319,7 @@ class PixelUNet(nn.Module):
         x = self.whiten(source)
         x, skips = self.conv_in(x if image is None else torch.cat([x, image.to(x.dtype)], dim=1)), []
         for i, block in enumerate(self.down):
-            if i == self.join_at and features is not None:
+            if i == self.join_at and features is not None and self.join is not None:
                 x = x + upsample(self.join(features), x.shape[2:])
             x = block(x)
             if i < len(self.shrink):

@@ -190,7 +190,7 @@ def tell(cfg, spec, folder, ids, rows, without, found):
     surest = [row['lesion_head_max'] for row in found.predicted.values() if 'lesion_head_max' in row]
     if surest and max(surest) <= cfg.lesion_core and cfg.lesion_odds != 1:
         print(f'in none of the {len(surest)} subjects is the probability of a lesion above lesion_core '
-              f'{cfg.lesion_core:g} (at most {max(surest):.2f}): lesion_odds changed nothing')
+              f'{cfg.lesion_core:g} (at most {max(surest):.2f}): lesion_odds changed little or nothing')
     if without:
         files = ', '.join(spec.targets[name].format(root=spec.root, id=without[0]) for name in spec.target_names)
         print(f'{len(without)} of {len(rows)} subjects have no truth, no figures: {", ".join(without[:10])}'

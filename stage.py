@@ -29,7 +29,7 @@ except ImportError:  # not on Windows: no lock there
 # What the less obvious names in a last_ file's `fixed` mean, for messages.
 MEANING = dict(lists='lists (fingerprint of train.txt and validation.txt)', aae='autoencoder (its fingerprint)',
                unet='U-Net of stage 2 (its fingerprint)')
-OLDER = dict(trim=False, source_noise=0.0)  # what a last_ file means that does not say it
+OLDER = dict(trim=False, source_noise=0.0, lesion_core=0.7)  # what a last_ file means that does not say it
 
 
 class CsvLog:

@@ -54,8 +54,8 @@ def sample_rows(preset, words=(), items=None, ddim=(50,), ddpm=(5, 15), **how):
 
     As infer.py does it: mirrored, and in boxes around the brain, where the preset says so. one_step_latent: without
     detail branch and mirrored source. detail_alone: one_step where stage 3 found that the latent path adds nothing.
-    image_grid: the U-Net on the image grid as a model of its own; _one_view: not
-    mirrored. ddim, ddpm: numbers of steps that are measured; other than 50 and 1000 are extrapolated from two of them.
+    image_grid: the U-Net on the image grid as a model of its own; _one_view: not mirrored. ddim, ddpm: numbers of
+    steps that are measured; other than 50 and 1000 are extrapolated from two of them.
     """
     cfg = config.load('', ['--preset', preset, *words])
     run = utils.Run(cfg.device, cfg.precision, training=False)

@@ -96,9 +96,10 @@ def test_the_step_that_is_timed_trains(monkeypatch):
 def test_samplers_one_row_each():
     rows = benchmark.measure('ours/ctp2dwi_demo/sample', '', quick=True)
     assert [r['name'].split('/')[-1] for r in rows] == [
-        'one_step', 'one_step_latent', 'image_grid', 'image_grid_one_view', 'ddim', 'ddpm']
-    one, latent, alone, view, ddim, ddpm = (r['tflop'] for r in rows)
+        'one_step', 'one_step_latent', 'detail_alone', 'image_grid', 'image_grid_one_view', 'ddim', 'ddpm']
+    one, latent, detail, alone, view, ddim, ddpm = (r['tflop'] for r in rows)
     assert latent < one / 2 and one < ddim < ddpm
+    assert alone <= detail < 1.2 * alone
     assert alone == pytest.approx(2 * view) and alone == pytest.approx(one - 2 * latent, rel=0.1)
     assert 'extrapolated from 1 and 2' in rows[-1]['note'] and 'scaled to 25' in rows[0]['note']
     eps = timed_inference.sample_rows('lapt', benchmark.QUICK[2], items=1, ddim=(1, 2), ddpm=(1, 2), warm=0,

@@ -89,6 +89,7 @@ def test_the_latent_path_adds_what_is_more_than_chance():
                          (dict(lesion_mae=0.0602), False), (dict(lesion_mae=0.0604), True),
                          (dict(lesion_mae=0.05), False), (dict(lesion_mae=float('nan')), False)):
         assert post_train.latent_adds(row, row | change) == adds, change
+    assert post_train.latent_adds(row, row, reads_label=True)
 
 
 @pytest.mark.parametrize('dims', [2, 3])
