@@ -73,12 +73,14 @@ def test_the_loss_of_every_stage(made):
 @torch.no_grad()
 def test_every_sampler(made, sampler):
     cfg, nets, batch = made
-    how = SimpleNamespace(seed=0, samples=2, sampler=sampler, num_steps=3, guidance=2.0)
+    how = SimpleNamespace(seed=0, samples=2, sampler=sampler, num_steps=3, guidance=2.0, skip_latent=True)
+    alone = SimpleNamespace(**vars(how) | dict(samples=1, sampler='one_step', guidance=1.0))  # the detail branch
     box = tuple(slice(0, n) for n in batch.source.shape[2:])
-    for model in (translate.Model(nets.aae, nets.unet, nets.diffusion, nets.detail),
-                  translate.Model(nets.aae, nets.unet, nets.diffusion),
-                  translate.Model(None, regression=nets.regression)):
+    for model, way in ((translate.Model(nets.aae, nets.unet, nets.diffusion, nets.detail), how),
+                       (translate.Model(nets.aae, None, nets.diffusion, nets.detail, latent_adds=False), alone),
+                       (translate.Model(nets.aae, nets.unet, nets.diffusion), how),
+                       (translate.Model(None, regression=nets.regression), how)):
         for label in (None, 1) if cfg.num_classes else (None,):
-            for image in translate._translate_items(model, batch.source, 'key', how, label, batch.source.shape[2:],
+            for image in translate._translate_items(model, batch.source, 'key', way, label, batch.source.shape[2:],
                                                     box):
                 assert {x.device.type for x in image if x is not None} == {'meta'}
