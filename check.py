@@ -52,7 +52,8 @@ def covers(volume, inside, own, mask, mask_path):
     voxel = [abs(np.linalg.det(one.affine[:3, :3])) for one in (volume, own)]
     share = inside.sum() * voxel[0] / (mask.sum() * voxel[1])
     if share < 0.8:
-        raise DataError(f'{volume.path} covers only {share:.0%} of the mask ({mask_path}); check the affines of both.')
+        raise DataError(f'{volume.path} covers only {share:.0%} of the mask ({mask_path}); check the affines of '
+                        'both, or, where a scan covers a slab, cut mask and lesion to it.')
 
 
 def varies(path, values):
@@ -178,7 +179,8 @@ def summary(lists, found, spec):
     if any('label' in one for one in found.values()):
         for split, names in lists.items():
             counts = Counter(found[id]['label'] for id in names if 'label' in found[id])
-            yield f'labels in {split}: ' + ', '.join(f'{label}: {count}' for label, count in sorted(counts.items()))
+            said = {spec.num_classes: 'not known'}
+            yield f'labels in {split}: ' + ', '.join(f'{said.get(k, k)}: {n}' for k, n in sorted(counts.items()))
 
 
 def _times(series, spec):

@@ -43,6 +43,7 @@ resample = False                 # True brings all volumes of a subject onto the
 scaling = {'source': ('range', 0, 100), 'dwi': ('median', 0, 3), 'adc': ('range', 0, 3000)}  # or ('quantile', a, b)
 unit_scale = {'source': 1, 'dwi': 1, 'adc': 1}     # factor on a file's values, e.g. 1e6 for an ADC in mm^2/s
 num_classes = 0                  # number of label values in data_info.csv; 0: labels are not read
+suvr_positive = 1.11             # amyloid-positive: the true composite SUVR above this (depends on tracer, reference)
 flip = True                      # augmentation: left-right flips
 shift = 2                        # augmentation: shifts by up to this many voxels
 source_noise = 0.0               # augmentation: noise on the scaled source (-1..1), a standard deviation up to this
@@ -95,13 +96,14 @@ regression = False               # train_unet.py: a U-Net on the image grid; sta
 regression_lr = 5e-4             # its peak learning rate
 regression_channels = (32, 64, 96)  # its widths; with those of detail_channels stage 3 starts from it
 regression_steps = 3400          # its steps
+regression_w_lesion = 0.0        # its weight of the error in the lesion (its lesion head does without)
 
 # Post-training
 post_loss = 'l1'                 # l1; l2_l1: squared error in the mask, L1 in the lesion; lapt: LAPT's, see losses.py
 lambda_t = 'constant'            # constant (1) or linear ((T-t)/T): weight of the pixel terms at time step t
 w_diffusion = 0.1                # weight of the diffusion loss in stage 3
 w_image = 0.5                    # weight of the error in the brain mask
-w_lesion = 0.3                   # weight of the error in the lesion
+w_lesion = 0.3                   # weight of the error in the lesion in stage 3
 lesion_head = True               # detail branch, regression: a head decides where the lesion is; False: plain
 w_head = 0.05                    # weight of its cross entropy with the lesion mask
 lesion_odds = 8.0                # stage 3, inference: the image holds this many times the head's odds of a lesion
@@ -176,7 +178,7 @@ PRESETS = {
         disc_channels=(64, 128), unet_channels=(224, 896, 1792), unet_attention=(1, 2), cond_channels=15, cond_width=64,
         detail_branch=False, predict='eps', schedule='scaled_linear', last_step_share=0, label_drop=0,
         aae_steps=100000, unet_steps=200000, post_steps=20000, batch_size=6, lr=4.8e-5,
-        aae_lr=4.5e-6 * 8, post_lr=1.2e-5, warmup=1, optimizer='adam', ema=0.9999, eval_every=5000, save_every=1000,
+        aae_lr=4.5e-6 * 8, post_lr=1.2e-5, warmup=1, optimizer='adam', ema=0.9999, eval_every=20000, save_every=1000,
         disc_start=5000, disc_ramp=1, flip=False, shift=0, trim=False, post_loss='lapt', lambda_t='linear',
         w_diffusion=1.0, w_image=0.01, w_lesion=0.02, post_last_step_share=0, tune_decoder=False, sampler='ddim',
         mirror=False),
@@ -190,7 +192,7 @@ PRESETS = {
         unet_channels=(128, 128, 256, 512), unet_attention=(3,), cond_channels=1, cond_width=16, detail_branch=False,
         predict='eps', schedule='linear', last_step_share=0, label_drop=0, aae_steps=50000, unet_steps=100000,
         post_steps=0, batch_size=1, eval_batch=1, lr=1e-4, aae_lr=1e-4, warmup=1, optimizer='adam', ema=0.9999,
-        eval_every=5000, save_every=1000, disc_start=1000, disc_ramp=1, flip=False, shift=0, checkpointing=True,
+        eval_every=25000, save_every=1000, disc_start=1000, disc_ramp=1, flip=False, shift=0, checkpointing=True,
         sampler='ddpm', num_steps=1000, mirror=False, w_diffusion=1.0, post_last_step_share=0),
 }
 # Your own data: PRESETS['mine'] = dict(PRESETS['ctp2dwi'], exp=..., data_root=..., data_info=...); README, Layouts.

@@ -77,7 +77,7 @@ stage phantom phantom.py --task "$task" --out "$data" --subjects "$subjects" --s
 set -- --preset "$preset" $steps "$@"
 stage train_aae train_aae.py "$@"
 stage train_unet train_unet.py "$@"
-stage regression train_unet.py --regression True --w_lesion 0 "$@"
+stage regression train_unet.py --regression True "$@"
 stage post_train post_train.py "$@"
 stage infer infer.py --split test "$@"
 stage plot plot.py "$@"

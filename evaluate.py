@@ -94,6 +94,14 @@ def lesion_map(subject, pred):
     return np.clip(subject.moved(pred[:, -1:])[0], 0, 1) * subject.native_mask
 
 
+def rule_map(subject, pred):
+    """What the lesion rule finds in a prediction, (X, Y, Z) bool; None where there are no DWI and ADC in units."""
+    if not {'dwi', 'adc'} <= set(subject.spec.targets) or not volume.in_units(subject.spec.scaling):
+        return None
+    image = subject.to_native(pred)
+    return metrics.lesion_rule(image['dwi'], image['adc'], subject.native_mask, subject.voxel_ml)
+
+
 def lesion_head_row(probability, mask, lesion, voxel_ml):
     """
     Figures of a lesion head's map (X, Y, Z), 0..1, against the lesion mask; {} without a map or a lesion mask.
@@ -210,9 +218,7 @@ def predicted_row(subject, pred, std, spec, intervals):
         row = {name: number[0]} | {k: v for k, v in limits.items() if not k.endswith('_covered')}
     if (p := lesion_map(subject, pred)) is not None:
         row['lesion_head_max'] = p.max()
-    if {'dwi', 'adc'} <= set(spec.targets) and volume.in_units(spec.scaling):
-        image = subject.to_native(pred)
-        found = metrics.lesion_rule(image['dwi'], image['adc'], subject.native_mask, subject.voxel_ml)
+    if (found := rule_map(subject, pred)) is not None:
         row['lesion_rule_ml'] = np.count_nonzero(found) * subject.voxel_ml
     return {key: float(x) for key, x in row.items()}
 
@@ -306,8 +312,9 @@ def amyloid_status(cfg, run, spec, predict, table, volumes):
     true PET, and a logistic regression on the MRI's volumes (ID -> mri_volumes). None, with the reason printed, where
     the subjects do not allow it.
 
-    Status is the true PET's SUVR above 1.11; thresholds are fitted on training + validation, so that the true PET, too,
-    may miss a subject near 1.11. Fills table['status_pred'].
+    Status is the true PET's SUVR above cfg.suvr_positive; thresholds are fitted on training + validation, so that the
+    true PET, too, may miss a subject near it. The synthetic PETs of training subjects may be better than those of new
+    ones, so that its threshold need not be the best for these (the AUC needs none). Fills table['status_pred'].
     """
     table['status_pred'], fit_volumes = np.nan, {}
     unknown = ('it needs the true PET and the cortical composite (the setting lesion) of all training, validation and '
@@ -332,7 +339,7 @@ def amyloid_status(cfg, run, spec, predict, table, volumes):
     try:
         if not len(fit) or fit['suvr_true'].isna().any():
             raise status.StatusError(f'{unknown}.')
-        positive = [(t['suvr_true'] > status.TRUE_THRESHOLD).astype(int) for t in (fit, table)]
+        positive = [(t['suvr_true'] > cfg.suvr_positive).astype(int) for t in (fit, table)]
         features = [[volumes[id] for id in t['ID']] for t in (fit, table)]
         lines = dict(
             synthetic=status.classify(fit['suvr_pred'], positive[0], table['suvr_pred'], positive[1], cfg.seed),
@@ -343,4 +350,5 @@ def amyloid_status(cfg, run, spec, predict, table, volumes):
             print(f'amyloid status is not judged: {error}')
         return None
     table['status_pred'] = (table['suvr_pred'] > lines['synthetic']['threshold']).astype(int)
-    return pd.DataFrame([dict(score=name) | line for name, line in lines.items()])
+    more = dict(suvr_positive=cfg.suvr_positive)
+    return pd.DataFrame([dict(score=name) | line | more for name, line in lines.items()])

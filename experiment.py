@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pandas as pd
 
+import status
+
 STAGES = ('aae', 'unet', 'post', 'regression')
 SCRIPTS = dict(aae='train_aae.py', unet='train_unet.py', post='post_train.py',
                regression='train_unet.py --regression True')
 MODELS = ('', 'unet', 'regression', 'aae', 'mean')     # this model, then its baselines, in this order
 TEXT_COLUMNS = ('ID', 'metric', 'qc', 'score', 'label_given')
+NA = dict(keep_default_na=False, na_values=['', 'nan'])  # to pandas an ID such as NA or None is a missing one
 
 
 class ExperimentError(RuntimeError):
@@ -30,7 +33,7 @@ def read_table(path, needs, remedy):
     if not path.is_file() or not path.stat().st_size:
         return None
     try:
-        table = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str))
+        table = pd.read_csv(path, dtype=dict.fromkeys(TEXT_COLUMNS, str), **NA)
     except ValueError as error:  # pandas' own errors, and text that is not UTF-8, are ValueErrors
         raise ExperimentError(f'{path} is damaged ({str(error).strip().splitlines()[0]}); {remedy}') from None
     lacking = [name for name in needs if name not in table]
@@ -95,7 +98,8 @@ class Experiment:
         self.status = read_table(self.folder / 'test_status.csv', ['score'], again)
         self.lesion_head = read_table(self.folder / 'test_lesion_calibration.csv', ['mean_p', 'lesion_share'], again)
         self.settings = read_json(self.folder / 'config.json')
-        self.predicted = sorted(path.parent.name for path in self.folder.glob('pred/*/prediction.json'))
+        pred = self.folder / 'pred'
+        self.predicted = sorted(str(path.parent.relative_to(pred)) for path in pred.rglob('prediction.json'))
         first = self.predicted[0] if self.predicted else '-'
         self.record = read_json(self.folder / 'pred' / first / 'prediction.json')
         self.log, self.commit = read_text(self.folder / 'log.txt'), read_text(self.folder / 'git.txt').strip()
@@ -119,6 +123,12 @@ class Experiment:
             return None
         values = self.status.loc[self.status['score'] == 'synthetic', 'threshold'].dropna()
         return float(values.iloc[0]) if len(values) else None
+
+    @property
+    def positive(self):
+        """The true SUVR above which a subject is amyloid-positive."""
+        said = {} if self.status is None else self.status
+        return float(said['suvr_positive'].iloc[0]) if 'suvr_positive' in said else status.TRUE_THRESHOLD
 
     def said_of(self, id):
         """What the images say of a subject, a title for it, from test_predictions.csv; '' if that has no number."""

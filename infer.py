@@ -55,6 +55,7 @@ from outputs import (
     write_prediction,
     write_record,
 )
+from stage import lock
 from translate import (
     Model,
     Sampling,
@@ -70,6 +71,16 @@ from translate import (
 # What the training scripts take from here: validation is inference by construction.
 __all__ = ['Model', 'Sampling', 'check_sampling', 'checkpoint_path', 'differing', 'load_aae', 'load_model', 'translate',
            'evaluate', 'validate', 'fit_quality']
+
+
+def check_task(cfg, model):
+    """SettingError if the settings are for another task or other targets than the checkpoint is."""
+    if model.prep['task'] != cfg.task or set(model.prep['target_names']) != set(cfg.targets):
+        home = checkpoint_path(cfg, model.stage).parent
+        used = settings_of(home / 'config.json').get('preset', 'NAME')
+        theirs, ours = ', '.join(model.prep['target_names']), ', '.join(cfg.targets)
+        raise config.SettingError(f"the checkpoint in {home} is for {theirs} ({model.prep['task']}), the settings "
+                                  f'are for {ours} ({cfg.task}); give the preset it was trained with: --preset {used}')
 
 
 def check_sampling(cfg, model, spec):
@@ -100,6 +111,7 @@ def infer_split(cfg, run, model, spec, folder):
 
     known = run.gather([known_intervals(cfg, model, record)] if run.main else [])[0]
     if run.main:
+        held = lock(folder, '.lock_infer')  # noqa: F841 (until it is out of scope; training may go on meanwhile)
         note = keep_aside(folder, record, ids, stem)
         if note:
             print(note)
@@ -247,7 +259,7 @@ def compare(cfg):
             raise utils.RunError(f"{path} was not made from the split '{cfg.split}' of {cfg.data_root}; run python "
                                  f'infer.py --exp {exp} again')
         try:
-            tables[exp] = pd.read_csv(path, dtype={'ID': str})
+            tables[exp] = pd.read_csv(path, dtype={'ID': str}, keep_default_na=False, na_values=['', 'nan'])
             ids = set(tables[exp]['ID'])
         except (ValueError, KeyError) as err:
             raise utils.RunError(f'{path} cannot be read as a table of subjects ({err}); run python infer.py --exp '
@@ -299,9 +311,10 @@ def infer_file(cfg, run, model, spec):
 
 def of_these_files(cfg):
     """Settings that say what files are like, not what the network was trained on: where given, they hold here."""
-    given = dict(frame_interval=cfg.frame_interval, resample=cfg.resample or None,
-                 unit_scale=cfg.unit_scale if any(factor != 1 for factor in cfg.unit_scale.values()) else None)
-    return {name: value for name, value in given.items() if value is not None}
+    given = dict(frame_interval=cfg.frame_interval is not None, resample=cfg.resample,
+                 unit_scale=any(factor != 1 for factor in cfg.unit_scale.values()))
+    return {name: getattr(cfg, name) for name, changed in given.items()
+            if changed or cfg.origin[name] == 'command line'}
 
 
 def main():
@@ -318,12 +331,7 @@ def main():
         raise config.SettingError(f'--{lone[0]} is of one new subject: give its source, too, --input FILE')
     run, folder = utils.Run(cfg.device, cfg.precision, training=False), Path('result') / cfg.exp
     model = load_model(cfg, run, cfg.stage)
-    if model.prep['task'] != cfg.task or set(model.prep['target_names']) != set(cfg.targets):
-        home = checkpoint_path(cfg, model.stage).parent
-        used = settings_of(home / 'config.json').get('preset', 'NAME')
-        theirs, ours = ', '.join(model.prep['target_names']), ', '.join(cfg.targets)
-        raise config.SettingError(f"the checkpoint in {home} is for {theirs} ({model.prep['task']}), the settings "
-                                  f'are for {ours} ({cfg.task}); give the preset it was trained with: --preset {used}')
+    check_task(cfg, model)
     spec = dataset.Spec.from_settings(cfg, **model.prep | of_these_files(cfg))
     check_sampling(cfg, model, spec)
     run.search_kernels(not spec.trim)

@@ -12,16 +12,28 @@ from torch.utils.checkpoint import checkpoint
 
 def conv(dims, c_in, c_out, kernel=3, stride=1):
     """A 2D or 3D convolution whose output has the input's size divided by the stride."""
-    return (nn.Conv2d if dims == 2 else _Conv3d)(c_in, c_out, kernel, stride, padding=kernel // 2)
+    return (_Conv2d if dims == 2 else _Conv3d)(c_in, c_out, kernel, stride, padding=kernel // 2)
+
+
+class _Conv2d(nn.Conv2d):
+    """nn.Conv2d, which on a CPU computes in float32 where an axis is shorter than the kernel.
+
+    There, in bf16, oneDNN (PyTorch 2.13, a CPU with avx512_bf16 and without AMX) leaves parts of the gradient of the
+    weights unwritten: they come out as whatever the memory held. In 2D that was seen with a stride of 2.
+    """
+
+    def forward(self, x):
+        if x.device.type != 'cpu' or min(x.shape[2:]) >= self.kernel_size[0]:
+            return super().forward(x)
+        with torch.autocast('cpu', enabled=False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 class _Conv3d(nn.Conv3d):
-    """nn.Conv3d, on a CPU with two detours.
+    """nn.Conv3d, on a CPU with two detours: that of _Conv2d, and for a single small volume.
 
-    In bf16, where an axis is shorter than the kernel, it computes in float32: there oneDNN (PyTorch 2.13, a CPU with
-    avx512_bf16 and without AMX) leaves parts of the gradient of the weights unwritten: they come out as whatever the
-    memory held. In float32 PyTorch does not take oneDNN for a single small volume, and needs four times as long or
-    more; so in inference oneDNN is called by its name.
+    In float32 PyTorch does not take oneDNN for it, and needs four times as long or more; so in inference oneDNN is
+    called by its name.
     """
 
     def forward(self, x):

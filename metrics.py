@@ -129,9 +129,9 @@ def _crop(mask, axis, block, *arrays):
 
 
 def _halve(x, axis):
-    """Mean over 2 x 2 (x 2) voxels; an odd last row is left out."""
+    """Mean over 2 x 2 (x 2) voxels; an odd last row is left out, an axis of one voxel stays."""
     for i in range(x.ndim):
-        if axis is None or i != axis % x.ndim:
+        if x.shape[i] > 1 and (axis is None or i != axis % x.ndim):
             n = x.shape[i] // 2 * 2
             x = 0.5 * (np.take(x, range(0, n, 2), axis=i) + np.take(x, range(1, n, 2), axis=i))
     return x

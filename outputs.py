@@ -16,25 +16,41 @@ import torch
 
 import config
 import dataset
+import quality
 import utils
 import volume
-from evaluate import lesion_map, std_maps
+from evaluate import lesion_map, rule_map, std_maps
 from model import fingerprint
 from translate import checkpoint_path, found_stage
 
 
 def write_prediction(folder, subject, pred, std, spec, record):
-    """<target>.nii.gz, <target>_std.nii.gz, lesion_probability.nii.gz and prediction.json of one subject."""
+    """images_of one subject as <name>.nii.gz, and prediction.json, which is the record."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / utils.LESION_MAP).unlink(missing_ok=True)  # an earlier one's
-    if (probability := lesion_map(subject, pred)) is not None:
-        dataset.write_volume(folder / utils.LESION_MAP, probability, subject)
-    for name, image in subject.to_native(pred).items():
-        dataset.write_volume(folder / f'{name}.nii.gz', image, subject)
-        (folder / f'{name}_std.nii.gz').unlink(missing_ok=True)  # an earlier one's
-    for name, image in (std_maps(subject, std, spec) if std is not None else {}).items():
-        dataset.write_volume(folder / f'{name}_std.nii.gz', image, subject)
+    for name, image in images_of(subject, pred, std, spec, record.get('intervals', {})).items():
+        if image is None:
+            (folder / f'{name}.nii.gz').unlink(missing_ok=True)  # an earlier one's
+        else:
+            dataset.write_volume(folder / f'{name}.nii.gz', image, subject)
     utils.write_atomic(folder / 'prediction.json', lambda f: json.dump(record | dict(id=subject.id), f, indent=1), 'w')
+
+
+def images_of(subject, pred, std, spec, intervals):
+    """
+    name -> (X, Y, Z) on the subject's own grid, None of what there is not for this subject:
+
+      <target>              the prediction, in physical units
+      <target>_std          its doubt, in the same unit
+      <target>_half_90      half the width of its 90 % interval
+      lesion_probability    of the lesion head
+      lesion_rule           1 where the lesion rule finds one in the predictions
+    """
+    images, doubt = subject.to_native(pred), std_maps(subject, std, spec)
+    for name in spec.targets:
+        images[f'{name}_std'] = doubt[name] if std is not None else None
+        half = quality.interval_half_width(doubt[name], intervals[name], 0.9) if name in intervals else None
+        images[f'{name}_half_90'] = half * subject.native_mask if half is not None else None
+    return images | dict(lesion_probability=lesion_map(subject, pred), lesion_rule=rule_map(subject, pred))
 
 
 def prediction_record(cfg, model, spec):
@@ -83,12 +99,12 @@ def keep_aside(folder, record, ids, stem):
     when = datetime.fromtimestamp((folder / 'pred').stat().st_mtime).strftime('%Y-%m-%d %H:%M')
     if same:
         said = f'replacing the predictions of {when}, made with the same checkpoint and settings'
-        gone = move_aside(folder, {path.name for path in (folder / 'pred').iterdir()} - set(ids))
+        there = {path.parent for path in (folder / 'pred').rglob('*.*') if path.is_file()}  # an ID may hold a /
+        gone = move_aside(folder, {str(path.relative_to(folder / 'pred')) for path in there} - set(ids))
         for path in map(Path, (f'{stem}{end}.csv' for end in TABLES) if gone else ()):
             if path.exists():
-                shutil.move(path, gone[0].parent.parent / path.name)
-        return said + (f'; those of {len(gone)} subjects that are not on the list now are in {gone[0].parent}' if gone
-                       else '')
+                shutil.move(path, gone[0].parent / path.name)
+        return said + (f'; those of {gone[1]} subjects that are not on the list now are in {gone[0]}' if gone else '')
     aside = utils.old_folder(folder)
     for path in [folder / 'pred', old, *folder.glob('test*.csv'), *folder.glob('infer_*.csv')]:
         if path.exists():
@@ -97,14 +113,15 @@ def keep_aside(folder, record, ids, stem):
 
 
 def move_aside(folder, ids):
-    """Move the images of these subjects from pred into a fresh old_<n>/pred; the paths there."""
-    there = [folder / 'pred' / id for id in sorted(ids)]
-    there = [path for path in there if path.exists()]
+    """Move the images of these subjects from pred into a fresh old_<n>/pred; that folder and how many, or None."""
+    there = [id for id in sorted(ids) if (folder / 'pred' / id).exists()]
     if not there:
-        return []
+        return None
     aside = utils.old_folder(folder) / 'pred'
-    aside.mkdir()
-    return [Path(shutil.move(path, aside / path.name)) for path in there]
+    for id in there:
+        (aside / id).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(folder / 'pred' / id, aside / id)
+    return aside, len(there)
 
 
 def leave_only(stem, written):
@@ -183,7 +200,7 @@ def tell(cfg, spec, folder, ids, rows, without, found):
     if noted:
         print(*noted[:10], *[f'and {len(noted) - 10} more such notes'] * (len(noted) > 10), sep='\n')
     if old := move_aside(folder, set(ids) - set(found.qc)):
-        print(f'earlier images of {len(old)} subjects that could not be translated now are in {old[0].parent}')
+        print(f'earlier images of {old[1]} subjects that could not be translated now are in {old[0]}')
     flagged = [f'{id}: {text}' for id, text in sorted(found.qc.items()) if text not in ('ok', '')]
     if flagged:
         print(f'{len(flagged)} subjects have a source unlike the training set:', *flagged, sep='\n  ')

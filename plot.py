@@ -26,7 +26,6 @@ import dataset
 import metrics
 import montage
 import report
-import status
 import utils
 import volume
 from experiment import Experiment
@@ -109,7 +108,7 @@ def in_turn(function, ids, faults):
         return [row for row in pool.map(attempt, ids) if row is not None]
 
 
-def choose(task, facts, test, ids):
+def choose(task, facts, test, ids, suvr_positive=1.11):
     """The subjects to show, dict ID -> title, and the rule in words."""
     chosen = {}
     if task == 'ctp2dwi' and 'true_ml' in facts:
@@ -123,7 +122,7 @@ def choose(task, facts, test, ids):
         known = test[test['ID'].isin(ids)].dropna(subset=['suvr_true', 'suvr_pred'])
         known = known.assign(size=(known['suvr_pred'] - known['suvr_true']).abs()).sort_values('size', kind='stable')
         for word, positive in (('negative', False), ('positive', True)):
-            group = known[(known['suvr_true'] > status.TRUE_THRESHOLD) == positive].to_dict('records')
+            group = known[(known['suvr_true'] > suvr_positive) == positive].to_dict('records')
             for row, error in zip([*group[:1], *group[1:][-1:]], ('smallest', 'largest'), strict=False):
                 chosen[row['ID']] = (f'{word}, {error} error\nSUVR true {row["suvr_true"]:.2f}, synthetic '
                                      f'{row["suvr_pred"]:.2f}')
@@ -183,7 +182,8 @@ def make_windows(cases, spec):
 
 def draw_subjects(spec, run, fig, facts, faults):
     """The overview and a montage of each chosen subject."""
-    chosen, rule = choose(spec.task, facts, run.test, [id for id in run.predicted if id not in faults])
+    ids = [id for id in run.predicted if id not in faults]
+    chosen, rule = choose(spec.task, facts, run.test, ids, run.positive)
 
     def prepare(id):
         subject, case = load_case(spec, run.folder, id)
@@ -245,7 +245,7 @@ def draw_figures(spec, run, fig, faults):
     if run.test is not None and {'suvr_true', 'suvr_pred'} <= set(run.test):
         known = run.test.dropna(subset=['suvr_true', 'suvr_pred'])
         if len(known):
-            charts.draw_amyloid_scatter(path, known, status.TRUE_THRESHOLD, run.threshold)
+            charts.draw_amyloid_scatter(path, known, run.positive, run.threshold)
             figures.append((path, 'One point a test subject: mean SUVR in the composite; the grey line is identity.'))
     series = coverage(run.test, spec.target_names, f'in the {LESION[task]}')
     head = run.lesion_head if run.lesion_head is None else run.lesion_head[['mean_p', 'lesion_share']].dropna()
@@ -341,7 +341,7 @@ def write_report(spec, run, figures, faults):
         ('Test subjects', summary),
         ('This run', report.pairs(facts_of(spec, run))),
         ('Amyloid status',
-         report.status_table(run.status, status.TRUE_THRESHOLD) if run.status is not None else ''),
+         report.status_table(run.status, run.positive) if run.status is not None else ''),
         ('Figures', ''.join(report.figure(path, caption) for path, caption in figures)),
         ('Settings of the training that differ from config.py',
          report.pairs(changed, ('setting', 'this run', 'constant in config.py')) if changed else ''),

@@ -27,7 +27,17 @@ import losses
 import metrics
 import optim
 import utils
-from infer import Model, Sampling, check_sampling, checkpoint_path, differing, load_model, translate, validate
+from infer import (
+    Model,
+    Sampling,
+    check_sampling,
+    check_task,
+    checkpoint_path,
+    differing,
+    load_model,
+    translate,
+    validate,
+)
 from layers import recompute_blocks
 from model import PixelUNet, count_parameters, fingerprint
 from prior import classes_of
@@ -114,6 +124,7 @@ def main():
     run = utils.Run(cfg.device, cfg.precision)
     train_ids, validation_ids = (dataset.read_split(cfg.data_info, split) for split in ('train', 'validation'))
     model = load_model(cfg, run, 'unet')
+    check_task(cfg, model)
     spec = dataset.Spec.from_settings(cfg, **model.prep)
     check_sampling(cfg, model, spec)
     needs_lesion(spec, cfg.w_lesion, 'post-training with w_lesion above 0', '--w_lesion 0')

@@ -15,9 +15,9 @@ KINDS = {  # whatever the constants are edited to; all others are strings
     int: 'seed spatial_dims context frames num_classes shift workers latent_channels aae_blocks unet_blocks '
          'cond_channels cond_width timesteps aae_steps unet_steps post_steps batch_size accumulate warmup eval_every '
          'save_every disc_start disc_ramp regression_steps num_steps samples eval_batch',
-    float: 'frame_spacing frame_interval source_noise dropout last_step_share label_drop lr aae_lr post_lr grad_clip '
-           'ema w_adversarial regression_lr w_diffusion w_image w_lesion w_head lesion_odds lesion_core lesion_floor '
-           'post_last_step_share detail_lr_scale guidance',
+    float: 'frame_spacing frame_interval suvr_positive source_noise dropout last_step_share label_drop lr aae_lr '
+           'post_lr grad_clip ema w_adversarial regression_lr regression_w_lesion w_diffusion w_image w_lesion w_head '
+           'lesion_odds lesion_core lesion_floor post_last_step_share detail_lr_scale guidance',
     bool: 'resample flip trim normalise_latents detail_branch checkpointing regression lesion_head label_head '
           'tune_decoder mirror skip_latent',
     tuple: 'spacing image_size aae_channels disc_channels unet_channels unet_attention detail_channels '
@@ -95,8 +95,10 @@ def read_words(argv, defaults, extra):
         name = name.replace('-', '_')
         if name not in defaults and name not in extra:
             raise unknown(name, [*defaults, *extra])
-        if name in extra and extra[name][0] is False and '=' not in word:
-            flags[name] = True
+        if name in extra and extra[name][0] is False:  # a switch: --restart, or --restart=False
+            if text not in ('', 'True', 'False'):
+                raise SettingError(f"--{name} is a switch: it takes True or False, not '{text}'")
+            flags[name] = text != 'False'
             continue
         if '=' not in word:
             if not argv:
@@ -144,6 +146,13 @@ def validate(cfg, defaults):
                            'use --sampler ddim')
     if cfg.sampler != 'one_step' and cfg.num_steps > cfg.timesteps:
         raise SettingError(f'num_steps {cfg.num_steps} must be at most timesteps {cfg.timesteps}')
+    if cfg.timesteps < 2:
+        raise SettingError(f'timesteps = {cfg.timesteps} must be 2 or more')
+    if any(type(level) is not int or not 0 <= level < len(cfg.unet_channels) for level in cfg.unet_attention):
+        raise SettingError(f'unet_attention = {cfg.unet_attention} must name levels 0 to {len(cfg.unet_channels) - 1}, '
+                           f'those of unet_channels = {cfg.unet_channels}')
+    if cfg.crop and dims == 2:
+        raise SettingError(f'crop = {cfg.crop} is for volumes: with spatial_dims = 2 set crop = None')
     if cfg.context and dims == 3:
         raise SettingError(f'context = {cfg.context} is for slices: with spatial_dims = 3 set context = 0')
     if cfg.batch_size % cfg.accumulate:

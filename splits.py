@@ -169,30 +169,38 @@ def read_split(data_info, split):
 
 
 def label_of(row, num_classes, data_info):
-    """The label in one row of data_info.csv; DataError if it is missing or not one of 0..num_classes - 1."""
+    """The label in one row of data_info.csv, num_classes where it says unknown.
+
+    DataError if it is missing or neither that nor one of 0..num_classes - 1.
+    """
     path = os.path.join(data_info, 'data_info.csv')
     text = (row or {}).get('label', '')
+    if text.lower() == 'unknown':
+        return num_classes
     if not text:
         what = 'has no label for it' if os.path.isfile(path) else 'is missing, and with it the label'
-        raise DataError(f'{path} {what}; add one of 0..{num_classes - 1}, or set num_classes = 0.')
+        raise DataError(f'{path} {what}; add one of 0..{num_classes - 1}, or unknown, or set num_classes = 0.')
     try:
         value = float(text)
     except ValueError:
         value = -1
     if value not in range(num_classes):
-        raise DataError(f"{path} has the label '{text}', but num_classes = {num_classes} allows 0..{num_classes - 1}; "
-                        f'correct one.')
+        raise DataError(f"{path} has the label '{text}', but num_classes = {num_classes} allows 0..{num_classes - 1} "
+                        'and unknown; correct one.')
     return int(value)
 
 
 def read_labels(data_info, ids, num_classes):
-    """dict ID -> label. DataError if a label is missing or out of range."""
+    """dict ID -> label, num_classes where unknown. DataError if one is missing or out of range, or none is known."""
     table, labels = read_table(data_info), {}
     for id in ids:
         try:
             labels[id] = label_of(table.get(id), num_classes, data_info)
         except DataError as error:
             raise DataError(f'{id}: {error}') from error
+    if labels and min(labels.values()) == num_classes:
+        raise DataError(f"{os.path.join(data_info, 'data_info.csv')} knows the label of none of {len(labels)} "
+                        'subjects; add those that are known, or set num_classes = 0.')
     return labels
 
 

@@ -28,8 +28,9 @@ except ImportError:  # not on Windows: no lock there
 
 # What the less obvious names in a last_ file's `fixed` mean, for messages.
 MEANING = dict(lists='lists (fingerprint of train.txt and validation.txt)', aae='autoencoder (its fingerprint)',
-               unet='U-Net of stage 2 (its fingerprint)')
+               unet='U-Net of stage 2 (its fingerprint)', mask='a template for masks', lesion='a template for lesions')
 OLDER = dict(trim=False, source_noise=0.0, lesion_core=0.7)  # what a last_ file means that does not say it
+RENAMED = dict(regression_w_lesion='w_lesion')               # where an older one says it
 
 
 class CsvLog:
@@ -66,11 +67,11 @@ def append(path, write):
         raise OSError(err.errno, err.strerror, str(path)) from None
 
 
-def lock(folder):
+def lock(folder, name='.lock'):
     """Refuse a second run in the same folder; the lock dies with its process. Returns the open file, to be kept."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        f = open(folder / '.lock', 'a')
+        f = open(folder / name, 'a')
     except OSError as err:  # a file in its place, no right to write, a full disk
         raise RunError(f'{folder} cannot be used as result folder ({err.filename}: {err.strerror}); move away what is '
                        'in its place, mend its rights or choose another --exp') from None
@@ -114,7 +115,8 @@ class Stage:
         self.run, self.cfg, self.name, self.folder = run, cfg, name, Path('result') / cfg.exp
         run.search_kernels(not cfg.trim)
         self.fixed = {key: getattr(cfg, key) for key in fixed}
-        self.fixed |= dict(precision=run.precision) | more
+        self.fixed |= dict(precision=run.precision, resample=cfg.resample, mask=cfg.mask is not None,
+                           lesion=cfg.lesion is not None) | more
         self.fixed = json.loads(json.dumps(self.fixed))  # tuples become lists, as in the file
         self.batch = cfg.batch_size * run.world  # the effective batch: samples a step over all processes
         self.state = dict(step=0, samples=0, seconds=0.0, evaluated=-1, best=None, best_step=-1, best_row={}, base={})
@@ -199,7 +201,7 @@ class Stage:
         """Take over the state, networks and optimisers of a last_ file, if it was trained with the same settings."""
         batch, processes = data['fixed'].get('batch_size', self.cfg.batch_size), data['processes']
         for key, value in self.fixed.items():
-            old = data['fixed'].get(key, OLDER.get(key))
+            old = data['fixed'].get(key, data['fixed'].get(RENAMED.get(key), OLDER.get(key, value)))
             if key == 'targets' and old == value and list(old) != list(value):  # the order of the channels
                 old, value = list(old), list(value)
             if old != value and not (key == 'batch_size' and batch * processes == self.batch):

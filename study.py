@@ -45,11 +45,15 @@ def script(*command):
 def data(task, group=None, subjects=0):
     """The phantoms of a task, made if they are not there: words that name them.
 
-    group: a test set, or None: those of training and validation, of which `subjects` are for training (0: all).
+    group: a test set, or None: those of training and validation, of which `subjects` are for training (0: all; more
+    than there are: so many phantoms, of which all but those of the usual validation and test lists are).
     """
     group, subjects = FEW.get(group, (group, subjects))
     cut = 'test.txt' if group else 'train.txt'
     folder, count = f"data/study_{task}_{group or 'train'}", SUBJECTS[task][bool(group)]
+    usual = Path(data(task)[-1]) if subjects > count else None
+    if usual:
+        folder, count = f'{folder}_{subjects}', subjects
     more = (*SETS[group], '--split', '0.02,0.02,0.96') if group else ('--seed', '1')
     making = None
     while making is None:
@@ -60,7 +64,12 @@ def data(task, group=None, subjects=0):
     script('phantom.py', '--task', TASKS[task], '--out', folder, '--subjects', str(count), *more)
     making.close()
     lists = Path(folder) / 'data_info'
-    if subjects:
+    if usual:
+        kept = {name: (usual / name).read_text().split() for name in ('validation.txt', 'test.txt')}
+        others = [f'sub-{i:04d}' for i in range(1, count + 1) if f'sub-{i:04d}' not in sum(kept.values(), [])]
+        for name, ids in (kept | {cut: others}).items():
+            write_atomic(lists / name, lambda f, ids=ids: f.write('\n'.join(ids) + '\n'), 'w')
+    elif subjects:
         fewer = lists.with_name(f'data_info_{subjects}')
         shutil.copytree(lists, fewer, dirs_exist_ok=True)
         ids = (lists / cut).read_text().split()

@@ -306,7 +306,7 @@ def _reference(spec, id, files, volumes):
         first = volumes.get(spec.target_names[0])
         try:
             return (first.shape, first.affine) if first else vol.read_grid(spec.path(spec.target_names[0], id))
-        except DataError:
+        except MissingFile:
             pass  # an ID without truth
     return volumes['source'].shape, volumes['source'].affine
 

@@ -30,8 +30,8 @@ DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'context', '
         'ema', 'seed', 'batch_size', 'optimizer')
 FIXED = DATA + ('lr', 'unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout',
                 'predict', 'schedule', 'timesteps', 'loss_weight', 'last_step_share', 'label_drop')
-FIXED_REGRESSION = DATA + ('regression_lr', 'regression_channels', 'w_image', 'w_lesion', 'lesion_floor', 'lesion_head',
-                           'w_head', 'label_head')
+FIXED_REGRESSION = DATA + ('regression_lr', 'regression_channels', 'w_image', 'regression_w_lesion', 'lesion_floor',
+                           'lesion_head', 'w_head', 'label_head')
 
 
 def train_diffusion(cfg, run, spec, train_ids, validation_ids):
@@ -108,9 +108,10 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
 def train_regression(cfg, run, spec, train_ids, validation_ids):
     """PixelUNet(source) -> target under the pixel losses of stage 3: its start, a model of its own, or a baseline.
 
-    --w_lesion 0: no lesion weight; --lesion_head False --label_head False: no heads, a plain regression.
+    --regression_w_lesion 0.3: with a lesion weight; --lesion_head False --label_head False: a plain one, without heads.
     """
     needs_lesion(spec, cfg.lesion_head, 'a lesion head', '--lesion_head False')
+    needs_lesion(spec, cfg.regression_w_lesion, 'a regression_w_lesion above 0', '--regression_w_lesion 0')
     stage = Stage(run, cfg, 'regression', FIXED_REGRESSION, lists=utils.seed_key(train_ids, validation_ids))
     with stage.main_first():
         # The labels of other splits are never read.
@@ -165,7 +166,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
                 pred, logit = net(source, logit=True, shares=trained.shares(source, label))
             e_mask, e_lesion = losses.post_training_error(pred.float(), target, mask, lesion, 'l1', cfg.lesion_floor)
             e_head = losses.lesion_cross_entropy(logit, mask, lesion)
-            total = cfg.w_image * e_mask + cfg.w_lesion * e_lesion + cfg.w_head * e_head
+            total = cfg.w_image * e_mask + cfg.regression_w_lesion * e_lesion + cfg.w_head * e_head
             parts.append(torch.stack([total, e_mask, e_lesion, e_head]))
             run.backward(total.mean() / cfg.accumulate)
         norm = run.update(opt, cfg.grad_clip)
@@ -178,6 +179,8 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
 
 def main():
     cfg = config.load(__doc__, extra={'restart': (False, 'begin anew, keep the old run aside')})
+    if cfg.regression and cfg.w_lesion and cfg.origin['w_lesion'] == 'command line':
+        raise config.SettingError('w_lesion is the weight of stage 3; for the regression give --regression_w_lesion')
     run = utils.Run(cfg.device, cfg.precision)
     lists = [dataset.read_split(cfg.data_info, split) for split in ('train', 'validation')]
     (train_regression if cfg.regression else train_diffusion)(cfg, run, dataset.Spec.from_settings(cfg), *lists)

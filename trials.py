@@ -24,7 +24,7 @@ class Trial:
     infer: str = ''                                 # words for infer.py
     seeds: tuple = (0,)
     sets: tuple = ('test',)                         # of SETS or FEW, or 'validation': that of the training phantoms
-    subjects: int = 0                               # the first so many training subjects; 0: all
+    subjects: int = 0                               # the first so many training subjects; 0: all; or more (study.data)
     intervals: bool = False                         # fitted on validation, judged on the sets
 
     task = property(lambda self: self.name.split('/')[0])
@@ -43,14 +43,15 @@ class Trial:
 AAE, UNET, POST = 'train_aae.py', 'train_unet.py', 'post_train.py'
 REGRESSION = f'{UNET} --regression True'
 CORE_7 = '--lesion_core 0.7'  # the default of then
-ALL, THREE = (AAE, UNET, f'{REGRESSION} --w_lesion 0', POST), (0, 1, 2)
+ALL, THREE = (AAE, UNET, REGRESSION, POST), (0, 1, 2)
 ALL_7 = (*ALL[:2], f'{ALL[2]} {CORE_7}', f'{POST} {CORE_7}')
 BOTH, MORE, VALIDATION = ('test', 'shifted'), ('test', 'shifted', 'validation'), ('validation',)
 WITH_FRESH = (*BOTH, 'fresh')
 LATENT = f'{POST} --detail_branch False --post_steps 300'
 WHOLE = '--trim False'  # on the whole grid
 LONG = f'{REGRESSION} --regression_steps 2600 {WHOLE}'
-PLAIN = f'{LONG} --w_lesion 0 --lesion_head False'
+PLAIN = f'{LONG} --lesion_head False'
+WEIGHT = '--lesion_head False --regression_w_lesion 0.3'  # the rival with the lesion weight in its loss
 BOXED = f'{REGRESSION} --regression_steps 4300'
 FAR = f'{REGRESSION} --regression_steps 10000'
 EVERYWHERE = '--lesion_odds 4 --lesion_core 0'
@@ -69,8 +70,8 @@ OLD_AAE, OLD_UNET = f'{AAE} {WHOLE}', f'{UNET} {WHOLE}'
 OLD_REGRESSION = f'{REGRESSION} {WHOLE} --lesion_head False --regression_lr 1e-3 --regression_steps 1500'
 HEAVY = f'{POST} --lesion_odds 1 --detail_lr_scale 0.5 --post_steps 150'
 BEFORE = f'{POST} --lesion_head False --detail_lr_scale 0.5 --post_steps 300'
-EARLIER = OLD_AAE, OLD_UNET, f'{OLD_REGRESSION} --w_lesion 0', BEFORE
-OLD_START = f'{REGRESSION} --w_lesion 0 --label_head False --regression_lr 1e-3 --regression_steps 900'
+EARLIER = OLD_AAE, OLD_UNET, OLD_REGRESSION, BEFORE
+OLD_START = f'{REGRESSION} --label_head False --regression_lr 1e-3 --regression_steps 900'
 OLD_POST = f'{POST} --label_head False --detail_lr_scale 0.5 --post_steps 100'
 STEPS_HALF = '--aae_steps 60', '--unet_steps 60', '--regression_steps 750', '--post_steps 150'
 STEPS_DOUBLE = '--aae_steps 240', '--unet_steps 240', '--regression_steps 3000', '--post_steps 600'
@@ -97,15 +98,15 @@ TRIALS = [
     Trial('stroke/start_odds_1', 'the regression that ours on the whole grid starts from, lesion_odds 1', (),
           'stroke/untrimmed', '--stage regression --lesion_odds 1', THREE, BOTH),
     Trial('stroke/regression', 'regression U-Net, the same lesion weight, 2600 steps on the whole grid',
-          (f'{LONG} --lesion_head False',), 'stroke/untrimmed', '--stage regression', THREE, BOTH),
+          (f'{LONG} {WEIGHT}',), 'stroke/untrimmed', '--stage regression', THREE, BOTH),
     Trial('stroke/regression_plain', 'regression U-Net, no lesion weight, 2600 steps on the whole grid',
           (PLAIN,), 'stroke/untrimmed', '--stage regression', THREE, BOTH),
     Trial('stroke/regression_boxed', 'regression U-Net, the same lesion weight, 4300 steps in boxes, equal time',
-          (f'{BOXED} --lesion_head False',), 'stroke/ours', '--stage regression', THREE, WITH_FRESH),
+          (f'{BOXED} {WEIGHT}',), 'stroke/ours', '--stage regression', THREE, WITH_FRESH),
     Trial('stroke/plain_boxed', 'regression U-Net, no lesion weight, 4300 steps in boxes, equal time',
-          (f'{BOXED} --lesion_head False --w_lesion 0',), 'stroke/ours', '--stage regression', THREE, WITH_FRESH),
+          (f'{BOXED} --lesion_head False',), 'stroke/ours', '--stage regression', THREE, WITH_FRESH),
     Trial('stroke/head_boxed', 'regression U-Net with our lesion head and odds, 4300 steps in boxes, equal time',
-          (f'{BOXED} --w_lesion 0 {CORE_7}',), 'stroke/ours', f'--stage regression {CORE_7}', THREE, WITH_FRESH),
+          (f'{BOXED} {CORE_7}',), 'stroke/ours', f'--stage regression {CORE_7}', THREE, WITH_FRESH),
     Trial('stroke/ours_long', 'ours, 9000 steps, lesion_core 0.7',
           (AAE, UNET, f'{ALL_7[2]} --regression_steps 9000', ALL_7[3]), infer=CORE_7, seeds=THREE,
           sets=BOTH),
@@ -116,22 +117,26 @@ TRIALS = [
     Trial('stroke/ours_long_odds_2', 'ours, 9000 steps, lesion_odds 2 in inference', (), 'stroke/ours_long',
           '--lesion_odds 2', THREE, BOTH),
     Trial('stroke/head_long', 'regression U-Net with our lesion head and odds, 10000 steps, lesion_core 0.7',
-          (f'{FAR} --w_lesion 0 {CORE_7}',), infer=f'--stage regression {CORE_7}', seeds=THREE, sets=BOTH),
+          (f'{FAR} {CORE_7}',), infer=f'--stage regression {CORE_7}', seeds=THREE, sets=BOTH),
     Trial('stroke/head_long_odds_1', 'regression U-Net with our lesion head, 10000 steps, lesion_odds 1', (),
           'stroke/head_long', '--stage regression --lesion_odds 1', THREE, BOTH),
     Trial('stroke/head_long_sure', 'regression U-Net with our lesion head and odds, 10000 steps in boxes', (),
           'stroke/head_long', '--stage regression', (0, 1), BOTH),
+    Trial('stroke/head_long_many', 'the same, lesion_core 0.9, 944 training subjects instead of 144',
+          (FAR,), infer='--stage regression', sets=BOTH, subjects=1000),
+    Trial('stroke/head_long_30', 'the same, lesion_core 0.9, 30 training subjects',
+          (FAR,), infer='--stage regression', sets=BOTH, subjects=30),
     Trial('stroke/weighted_long', 'regression U-Net, the same lesion weight, 10000 steps in boxes',
-          (f'{FAR} --lesion_head False',), infer='--stage regression', seeds=THREE, sets=BOTH),
+          (f'{FAR} {WEIGHT}',), infer='--stage regression', seeds=THREE, sets=BOTH),
     Trial('stroke/plain_long', 'regression U-Net, no lesion weight, 10000 steps in boxes',
-          (f'{FAR} --lesion_head False --w_lesion 0',), infer='--stage regression', seeds=THREE, sets=BOTH),
+          (f'{FAR} --lesion_head False',), infer='--stage regression', seeds=THREE, sets=BOTH),
     Trial('stroke/regression_head', 'regression U-Net with our lesion head, odds 6, 2600 steps on the whole grid',
-          (f'{LONG} --w_lesion 0 {CORE_7}',), 'stroke/untrimmed', f'--stage regression {ODDS_6}', THREE, BOTH),
+          (f'{LONG} {CORE_7}',), 'stroke/untrimmed', f'--stage regression {ODDS_6}', THREE, BOTH),
     Trial('stroke/no_head', 'ours on the whole grid without lesion head',
-          (f'{REGRESSION} --w_lesion 0 --lesion_head False {WHOLE} --regression_steps 2150',
+          (f'{REGRESSION} --lesion_head False {WHOLE} --regression_steps 2150',
            f'{POST} --lesion_head False'), 'stroke/untrimmed', sets=BOTH),
     Trial('stroke/head_odds_1', 'ours before the odds: the lesion weight alone moves the lesion',
-          (OLD_AAE, OLD_UNET, f'{REGRESSION} --w_lesion 0 {WHOLE} --regression_steps 1900', HEAVY),
+          (OLD_AAE, OLD_UNET, f'{REGRESSION} {WHOLE} --regression_steps 1900', HEAVY),
           infer='--lesion_odds 1', seeds=THREE, sets=MORE),
     Trial('stroke/head_odds_1_weight_05', 'the same, w_lesion 0.5', (f'{HEAVY} --w_lesion 0.5',), 'stroke/head_odds_1',
           '--lesion_odds 1', sets=BOTH),
@@ -173,12 +178,12 @@ TRIALS = [
     Trial('stroke/anew_start', 'the regression that stage 3 of ours starts from, without noise', (), 'stroke/anew',
           f'--stage regression {CORE_7}', THREE, BOTH),
     Trial('stroke/start_noise', 'regression U-Net of ours with noise on the source in training, lesion_core 0.7',
-          (f'{REGRESSION} --w_lesion 0 {NOISE} {CORE_7}',), infer=f'--stage regression {CORE_7}', seeds=THREE,
+          (f'{REGRESSION} {NOISE} {CORE_7}',), infer=f'--stage regression {CORE_7}', seeds=THREE,
           sets=BOTH),
     Trial('stroke/start_noise_sure', 'regression U-Net of ours with noise on the source in training', (),
           'stroke/start_noise', '--stage regression', THREE, BOTH),
     Trial('stroke/anew_plain', 'regression U-Net, no lesion weight, 4300 steps: the difference of the mirrored views',
-          (f'{BOXED} --lesion_head False --w_lesion 0',), infer='--stage regression', seeds=(0, 1), sets=BOTH,
+          (f'{BOXED} --lesion_head False',), infer='--stage regression', seeds=(0, 1), sets=BOTH,
           intervals=True),
     Trial('stroke/anew_one_width', 'the same, not mirrored: one width for all voxels', (), 'stroke/anew_plain',
           '--stage regression --mirror False', (0, 1), BOTH, intervals=True),
@@ -189,7 +194,7 @@ TRIALS = [
     Trial('stroke/earlier_start', 'the plain regression that it starts from', (), 'stroke/earlier',
           '--stage regression', THREE, BOTH),
     Trial('stroke/weighted_lr_high', 'regression U-Net, the same lesion weight, equal time',
-          (f'{LONG} --lesion_head False --regression_lr 1e-3',), 'stroke/earlier', '--stage regression', THREE, BOTH),
+          (f'{LONG} {WEIGHT} --regression_lr 1e-3',), 'stroke/earlier', '--stage regression', THREE, BOTH),
     Trial('stroke/plain_lr_high', 'regression U-Net, no lesion weight, equal time', (f'{PLAIN} --regression_lr 1e-3',),
           'stroke/earlier', '--stage regression', THREE, MORE),
     Trial('stroke/plain_lr_2e3', 'the same at a rate of 2e-3', (f'{PLAIN} --regression_lr 2e-3',), 'stroke/earlier',
@@ -199,8 +204,8 @@ TRIALS = [
     Trial('stroke/weight_05', 'w_lesion 0.5', (f'{BEFORE} --w_lesion 0.5',), 'stroke/earlier',
           sets=('test', 'validation')),
     Trial('stroke/weight_1', 'w_lesion 1', (f'{BEFORE} --w_lesion 1',), 'stroke/earlier'),
-    Trial('stroke/from_weighted', 'from a regression with the lesion weight', (OLD_REGRESSION, BEFORE),
-          'stroke/earlier', sets=VALIDATION),
+    Trial('stroke/from_weighted', 'from a regression with the lesion weight',
+          (f'{OLD_REGRESSION} --regression_w_lesion 0.3', BEFORE), 'stroke/earlier', sets=VALIDATION),
     Trial('stroke/ddim2', '2 DDIM steps', (), 'stroke/earlier', '--sampler ddim --num_steps 2'),
     Trial('stroke/ddim5', '5 DDIM steps', (), 'stroke/earlier', '--sampler ddim --num_steps 5'),
     Trial('stroke/ddim10', '10 DDIM steps', (), 'stroke/earlier', '--sampler ddim --num_steps 10'),
@@ -231,7 +236,7 @@ TRIALS = [
     Trial('amyloid/start', 'the regression with label head that stage 3 starts from', (), 'amyloid/ours',
           '--stage regression', sets=BOTH),
     Trial('amyloid/steps_950', 'ours with 950 steps of regression instead of 600',
-          (*ALL[:2], f'{REGRESSION} --w_lesion 0 --regression_steps 950', POST), seeds=(0, 1), sets=MORE),
+          (*ALL[:2], f'{REGRESSION} --regression_steps 950', POST), seeds=(0, 1), sets=MORE),
     Trial('amyloid/regression', 'regression U-Net on the image grid, 1300 steps',
           (f'{REGRESSION} --regression_steps 1300 --label_head False',), 'amyloid/ours', '--stage regression', THREE,
           MORE),
@@ -245,7 +250,7 @@ TRIALS = [
 
     # The same with all regressions at a rate of 1e-3.
     Trial('amyloid/lr_high', 'ours, 950 steps of regression at 1e-3',
-          (*ALL[:2], f'{REGRESSION} --w_lesion 0 --regression_steps 950 --regression_lr 1e-3', POST), seeds=THREE,
+          (*ALL[:2], f'{REGRESSION} --regression_steps 950 --regression_lr 1e-3', POST), seeds=THREE,
           sets=MORE),
     Trial('amyloid/lr_high_start', 'the regression with label head that stage 3 starts from', (), 'amyloid/lr_high',
           '--stage regression', THREE, BOTH),

@@ -49,6 +49,15 @@ def test_both_ways_of_writing_a_setting():
     assert load('--source={root}/a=b.nii').source == '{root}/a=b.nii'
 
 
+def test_a_switch_may_say_true_or_false():
+    extra = {'restart': (False, '')}
+    for words, expected in (((), False), (('--restart',), True), (('--restart=True',), True),
+                            (('--restart=False',), False), (('--restart', '--seed', '3'), True)):
+        assert config.load('', list(words), extra).restart is expected
+    with pytest.raises(SettingError, match='is a switch'):
+        config.load('', ['--restart=no'], extra)
+
+
 def test_an_unknown_name_names_the_nearest():
     assert refused('--bach_size', '4') == "there is no setting 'bach_size'; did you mean 'batch_size'?"
     assert "'num_steps'" in refused('--num_step', '4')
@@ -83,6 +92,9 @@ def test_an_unknown_name_names_the_nearest():
     (('--targets', '{}'), 'targets is empty'),
     (('--batch_size', '6', '--accumulate', '4'), 'multiple of accumulate'),
     (('--predict', 'eps'), "'one_step' is refused"),
+    (('--timesteps', '1', '--num_steps', '1'), 'must be 2 or more'),
+    (('--unet_attention', '(2,)'), 'must name levels 0 to 1'),
+    (('--crop', '(16, 16)'), 'is for volumes'),
     (('--exp', '../elsewhere'), 'plain folder name'),
     (('--task', 'ct2mr'), 'must be one of ctp2dwi, mri2pet'),
     (('--aae_steps', '-5'), 'must not be negative'),

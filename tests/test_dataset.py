@@ -301,7 +301,7 @@ LIST_FAULTS = {
         lambda: write_lists(
             'data/data_info', ['s01', 's02'], ['s03'], ['s04'], {'s01': '0,', 's02': '1,', 's03': '1,'}
         ),
-        's04: data/data_info/data_info.csv has no label for it; add one of 0..1',
+        's04: data/data_info/data_info.csv has no label for it; add one of 0..1, or unknown',
     ),
     'label empty': (
         lambda: write_lists('data/data_info', ['s01', 's02'], ['s03'], ['s04'], dict(LABELS, s02=',')),
@@ -650,6 +650,17 @@ def test_volumes_as_samples():
     assert len(cohort) == 2 and [int(cohort[i]['label']) for i in range(2)] == [0, 1]
     assert cohort[1]['source'].shape == (1, 16, 16, 16) and cohort[1]['target'].shape == (1, 16, 16, 16)
     assert int(dataset.Cohort(dataset.Spec.from_settings(cfg), ['s01'])[0]['label']) == 2  # unknown
+
+
+def test_a_label_may_be_unknown(capsys):
+    write_amyloid()
+    labels = {'s01': '0,', 's02': 'unknown,', 's03': 'Unknown,', 's04': '1,'}
+    write_lists('data/data_info', ['s01', 's02'], ['s03'], ['s04'], labels)
+    assert dataset.read_labels('data/data_info', ['s01', 's02', 's04'], 2) == {'s01': 0, 's02': 2, 's04': 1}
+    code, faults, summary = check(capsys, amyloid_settings())
+    assert code == 0 and not faults and 'labels in train: 0: 1, not known: 1' in str(summary)
+    with pytest.raises(dataset.DataError, match='label of none of 2 subjects'):
+        dataset.read_labels('data/data_info', ['s02', 's03'], 2)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -115,6 +115,15 @@ def test_both_images_are_clipped_to_the_range_and_blanked_outside_the_mask():
     assert row(low, high, mask, lesion)['adc_mae'] == pytest.approx(600 / mask.sum())
 
 
+def test_ms_ssim_of_a_volume_thinner_than_its_scales():
+    """The scales are those of the network's image size; a subject's own grid may have fewer voxels along an axis."""
+    rng = np.random.default_rng(0)
+    truth = rng.random((96, 96, 6))
+    scores = [metrics.ms_ssim(truth + noise * rng.random(truth.shape), truth, np.ones(truth.shape, bool), scales=4)
+              for noise in (0, 0.1, 0.3)]
+    assert 1 >= scores[0] > scores[1] > scores[2] > 0
+
+
 def test_scales_of_ms_ssim_may_be_given_and_suvr_needs_its_unit():
     rng = np.random.default_rng(0)
     truth = {'suvr': 1 + rng.random((44, 44, 44))}

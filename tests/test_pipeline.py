@@ -13,8 +13,11 @@ from sklearn.metrics import roc_auc_score
 
 import config
 import infer
+import outputs
 import phantom
+import stage
 import translate
+import utils
 
 COMMON = ('--data_root', 'data', '--data_info', 'data/data_info', '--spacing', '(None, None, None)', '--device', 'cpu',
           '--precision', 'fp32', '--eval_every', '1000', '--save_every', '1000', '--disc_start', '40',
@@ -93,14 +96,24 @@ def test_every_file_of_the_contract_is_there(trained):
     assert [row['ID'] for row in table(folder / 'test.csv')] == ids('test')
     for id in ids('test'):
         found = {p.name for p in (folder / 'pred' / id).iterdir()}
-        files = {f'{name}{kind}.nii.gz' for name in settings['targets'] for kind in ('', '_std')} | {'prediction.json'}
-        assert found == files | ({'lesion_probability.nii.gz'} if task == 'ctp2dwi' else set())
+        files = {f'{name}{kind}.nii.gz' for name in settings['targets'] for kind in ('', '_std', '_half_90')}
+        lesion = {'lesion_probability.nii.gz', 'lesion_rule.nii.gz'} if task == 'ctp2dwi' else set()
+        assert found == files | lesion | {'prediction.json'}
         doubt = [nib.load(folder / 'pred' / id / f'{name}_std.nii.gz').get_fdata() for name in settings['targets']]
+        fits = json.loads((folder / 'pred' / id / 'prediction.json').read_text())['intervals']
+        inside = np.asanyarray(nib.load(mask(task, id)).dataobj) > 0
+        for name, std in zip(settings['targets'], doubt, strict=True):
+            half = nib.load(folder / 'pred' / id / f'{name}_half_90.nii.gz').get_fdata()
+            width = np.interp(std, fits[name]['std'], fits[name]['half'][fits[name]['q'].index(0.9)])
+            np.testing.assert_allclose(half, width * inside, rtol=1e-4, atol=1e-6)
         assert all(image.min() == 0 < image.max() for image in doubt)  # of the lesion or the label head
         if task == 'ctp2dwi':
-            inside = np.asanyarray(nib.load(mask(task, id)).dataobj) > 0
             image = nib.load(folder / 'pred' / id / 'lesion_probability.nii.gz').get_fdata()
             assert 0 <= image.min() and image.max() <= 1 and np.ptp(image[inside]) > 0 and not image[~inside].any()
+            image = nib.load(folder / 'pred' / id / 'lesion_rule.nii.gz')
+            volume = np.count_nonzero(image.dataobj) * np.prod(image.header.get_zooms()) / 1000
+            said = {row['ID']: row['lesion_rule_ml'] for row in table(folder / 'test_predictions.csv')}
+            assert set(np.unique(image.dataobj)) <= {0, 1} and volume == pytest.approx(float(said[id]), rel=1e-4)
         record = json.loads((folder / 'pred' / id / 'prediction.json').read_text())
         assert record['id'] == id and record['sampler'] == 'one_step' and 'Unet_post' in record['checkpoint']
         assert record['lesion_odds'] == 8 and record['lesion_core'] == 0.9
@@ -211,7 +224,11 @@ def test_lesion_odds_are_chosen_in_inference(trained, capsys):
     for id in ids('test'):
         record = json.loads(Path('result/odds/pred', id, 'prediction.json').read_text())
         assert record['lesion_odds'] == 12 and record['lesion_core'] == 0
+        there = {path.name for path in Path('result/odds/pred', id).glob('*.nii.gz')}
+        assert not any('half_90' in name for name in there)  # no interval was fitted for these odds
         for path in (folder / 'pred' / id).glob('*.nii.gz'):
+            if path.name not in there or 'lesion_rule' in path.name:
+                continue
             mine, theirs = (nib.load(p).get_fdata() for p in (Path('result/odds/pred', id, path.name), path))
             moved = np.abs(mine - theirs).max() > 1e-6 * np.ptp(theirs)
             assert moved == (task == 'ctp2dwi' and 'probability' not in path.name), path
@@ -289,7 +306,7 @@ def test_ddim_with_samples_gives_a_map_of_their_spread(trained, capsys):
     found = images(folder / 'pred')
     assert set(found) == set(first)
     for name, image in found.items():
-        assert np.isfinite(image).all() and not np.array_equal(image, first[name])
+        assert np.isfinite(image).all() and ('lesion_rule' in name or not np.array_equal(image, first[name]))
         if '_std' in name:
             assert image.min() >= 0 and image.max() > 0
     record = json.loads((folder / 'pred' / ids('test')[0] / 'prediction.json').read_text())
@@ -319,6 +336,7 @@ def test_an_image_does_not_depend_on_batch_order_or_company(trained):
         made_runs.call('infer', *words, '--data_info', str(info), '--exp', name, '--eval_batch', batch)
         found[name] = images(Path('result', name, 'pred'))
     checked = [name for name in found['one'] if name in found['other']]
+    checked = [name for name in checked if 'half_90' not in name and 'lesion_rule' not in name]  # of these lists
     head = task == 'ctp2dwi'
     assert len(checked) == 2 * (2 * len(settings['targets']) + head)  # two subjects: image and std, lesion probability
     for name in checked:
@@ -423,9 +441,10 @@ def test_one_new_file_without_truth(trained, capsys):
     assert caught.value.one_sentence
     # Into the folder of its own images again: an old map of the spread goes. Of another's: refused.
     again = *settings['words'], '--input', str(file), '--input_mask', name, '--out', 'out'
-    assert Path(f'out/{target}_std.nii.gz').exists()  # of a head and two views; here there is neither
+    maps = [Path(f'out/{target}_{kind}.nii.gz') for kind in ('std', 'half_90')]
+    assert all(path.exists() for path in maps)  # of a head and two views; here there is neither, nor an interval
     made_runs.call('infer', *again, '--stage', 'unet', '--mirror', 'False')
-    assert not Path(f'out/{target}_std.nii.gz').exists()
+    assert not any(path.exists() for path in maps)
     Path('copy').mkdir(exist_ok=True)
     shutil.copy(file, 'copy')
     before = Path(f'out/{target}.nii.gz').read_bytes()
@@ -553,11 +572,48 @@ def test_stage_3_of_another_unet_is_refused(trained):
     shutil.rmtree('result/changed')
 
 
+def test_two_inferences_do_not_write_into_one_folder(trained):
+    task, settings, folder = trained
+    before = {path: path.stat().st_mtime for path in (folder / 'pred').rglob('*')}
+    with stage.lock(folder, '.lock_infer'), pytest.raises(utils.RunError, match='in use by another run'):
+        made_runs.call('infer', *settings['words'], '--stage', 'unet')
+    assert {path: path.stat().st_mtime for path in (folder / 'pred').rglob('*')} == before
+
+
+def test_stage_3_and_the_regression_refuse_settings_of_something_else(trained):
+    task, settings, folder = trained
+    other = 'mri2pet_demo' if task == 'ctp2dwi' else 'ctp2dwi_demo'
+    with pytest.raises(config.SettingError, match='give the preset it was trained with'):
+        made_runs.call('post_train', '--preset', other, '--data_root', 'data', '--data_info', 'data/data_info', '--exp',
+                       'other', '--init_from', folder.name)
+    with pytest.raises(config.SettingError, match='give --regression_w_lesion'):
+        made_runs.call('train_unet', *settings['words'], '--regression', 'True', '--w_lesion', '0.3')
+
+
+@pytest.mark.parametrize('ids', [('a', 'b', 'c'), ('a/1', 'a/2', 'b/1')])
+def test_images_of_subjects_that_left_the_list_move_aside(tmp_path, ids):
+    for id in ids:
+        (tmp_path / 'pred' / id).mkdir(parents=True)
+        (tmp_path / 'pred' / id / 'dwi.nii.gz').write_text(id)
+    (tmp_path / 'test.csv').write_text('x')
+    (tmp_path / 'inference.json').write_text('{"seed": 0}')
+    record = dict(seed=0, skip_latent=False)
+    assert 'not on the list' not in outputs.keep_aside(tmp_path, record, ids, tmp_path / 'test')
+    said = outputs.keep_aside(tmp_path, record, ids[:2], tmp_path / 'test')
+    assert f'those of 1 subjects that are not on the list now are in {tmp_path}/old_1/pred' in said
+    assert (tmp_path / 'old_1/pred' / ids[2] / 'dwi.nii.gz').read_text() == ids[2]
+    assert (tmp_path / 'old_1/test.csv').exists() and not (tmp_path / 'test.csv').exists()
+    assert all((tmp_path / 'pred' / id).exists() for id in ids[:2]) and not (tmp_path / 'pred' / ids[2]).exists()
+
+
 def test_what_files_are_like_is_said_by_the_settings_of_inference(trained):
     scale = {'source': 1, 'dwi': 1, 'adc': 1e6}
     cfg = config.load('', ['--frame_interval', '1.5', '--resample', 'True', '--unit_scale', str(scale)])
     assert infer.of_these_files(cfg) == dict(frame_interval=1.5, resample=True, unit_scale=scale)
     assert infer.of_these_files(config.load('', [])) == {}
+    ones = dict.fromkeys(scale, 1)  # trained with other factors, and these files need none
+    words = ['--frame_interval', 'None', '--resample', 'False', '--unit_scale', str(ones)]
+    assert infer.of_these_files(config.load('', words)) == dict(frame_interval=None, resample=False, unit_scale=ones)
 
 
 def test_one_bad_subject_does_not_lose_the_others(trained, capsys):
@@ -819,6 +875,8 @@ def test_the_probability_of_the_label_is_written_and_mixes_the_images(trained):
         assert all(sum(record['label_probability']) == pytest.approx(1, abs=1e-3) for record in records.values())
         assert all(float(rows[id]['label_probability']) == records[id]['label_probability'][1] for id in rows)
     for name, image in found['unknown'].items():
+        if 'half_90' in name:
+            continue
         chances = records[Path(name).parent.name]['label_probability']
         p = [q ** 2 / sum(q ** 2 for q in chances) for q in chances]
         if '_std' in name:  # what the status would change

@@ -368,6 +368,16 @@ def test_damaged_files(name, content, words):
     assert words in str(caught.value) and caught.value.one_sentence
 
 
+def test_ids_that_pandas_takes_for_missing_and_ids_of_two_folders():
+    folder = Path('result/exp_1')
+    for id in ('NA', 'sub-01/ses-2'):
+        (folder / 'pred' / id).mkdir(parents=True)
+        (folder / 'pred' / id / 'prediction.json').write_text('{}')
+    (folder / 'test.csv').write_text('ID,dwi_psnr\nNA,20\nsub-01/ses-2,21\n,\n')
+    run = experiment.Experiment('exp_1')
+    assert run.predicted == ['NA', 'sub-01/ses-2'] == list(run.test['ID'])
+
+
 def test_a_curve_being_written_is_read_up_to_its_last_whole_line():
     write_curves(Path('result/exp_1'), stages=('aae',))
     path = Path('result/exp_1/loss_curve_aae.csv')

@@ -196,6 +196,14 @@ def test_a_run_from_before_a_setting_goes_on_as_without_it():
     assert Loop('--trim', 'False', steps=10, fixed=('trim',)).seen == [8, 9]
 
 
+def test_a_resumed_run_has_masks_and_lesions_as_before():
+    Loop()
+    for name, what in (('mask', 'a template for masks'), ('lesion', 'a template for lesions')):
+        with pytest.raises(RunError, match=f'was trained with {what} = True, now it is False'):
+            Loop(f'--{name}', 'None', steps=10)
+    assert Loop('--mask', '{root}/other/{id}.nii', steps=10).seen == [8, 9]
+
+
 def test_free_settings_may_change():
     Loop()
     words = ('--eval_every', '3', '--save_every', '1', '--num_steps', '9', '--sampler', 'ddim')

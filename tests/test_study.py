@@ -161,6 +161,24 @@ def test_a_trial_on_few_subjects_takes_the_first_ones(tmp_path, monkeypatch):
     assert (few / 'train.txt').read_text() == 'b\na\n' and (few / 'validation.txt').read_text() == 'd\n'
 
 
+def test_a_trial_on_more_subjects_keeps_validation_and_test_lists(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = []
+    monkeypatch.setattr(study, 'script', lambda *words: made.append(words))
+    usual, many = (tmp_path / 'data' / f'study_stroke_train{more}' / 'data_info' for more in ('', '_203'))
+    for lists in (usual, many):
+        lists.mkdir(parents=True)
+    (tmp_path / 'result').mkdir()
+    for name, ids in dict(train='sub-0003 sub-0001', validation='sub-0002', test='sub-0004').items():
+        (usual / f'{name}.txt').write_text('\n'.join(ids.split()) + '\n')
+    assert study.data('stroke', subjects=203)[-1] == 'data/study_stroke_train_203/data_info'
+    assert [words[words.index('--subjects') + 1] for words in made] == ['200', '203']
+    assert {words[words.index('--seed') + 1] for words in made} == {'1'}
+    lists = {name: (many / f'{name}.txt').read_text().split() for name in ('train', 'validation', 'test')}
+    assert lists['validation'] == ['sub-0002'] and lists['test'] == ['sub-0004'] and len(lists['train']) == 201
+    assert sorted(sum(lists.values(), [])) == [f'sub-{i:04d}' for i in range(1, 204)]
+
+
 def test_a_trial_is_done_once_all_its_sets_are(figures):
     ours, regression = trials.BY_NAME['stroke/ours'], trials.BY_NAME['stroke/lapt_loss']
     assert not study.is_done(ours, 0) and study.is_done(regression, 0)  # ours has two sets
