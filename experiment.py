@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 
-import status
-
 STAGES = ('aae', 'unet', 'post', 'regression')
 SCRIPTS = dict(aae='train_aae.py', unet='train_unet.py', post='post_train.py',
                regression='train_unet.py --regression True')
@@ -126,9 +124,9 @@ class Experiment:
 
     @property
     def positive(self):
-        """The true SUVR above which a subject is amyloid-positive."""
+        """The true SUVR above which a subject is amyloid-positive; older tables do not say it."""
         said = {} if self.status is None else self.status
-        return float(said['suvr_positive'].iloc[0]) if 'suvr_positive' in said else status.TRUE_THRESHOLD
+        return float(said['suvr_positive'].iloc[0]) if 'suvr_positive' in said else 1.11
 
     def said_of(self, id):
         """What the images say of a subject, a title for it, from test_predictions.csv; '' if that has no number."""

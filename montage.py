@@ -93,11 +93,14 @@ def best_index(mask, lesion, plane, affine):
 
 
 class View:
-    """One plane through one subject, at its best slice: cuts volumes, cropped to the brain, outside of it NaN."""
+    """One plane through one subject, at its best slice, or a given one of the RAS volume.
 
-    def __init__(self, case, plane):
+    It cuts volumes, cropped to the brain, outside of it NaN.
+    """
+
+    def __init__(self, case, plane, index=None):
         self.case, self.plane = case, plane
-        self.index = best_index(case.mask, case.region, plane, case.affine)
+        self.index = best_index(case.mask, case.region, plane, case.affine) if index is None else int(index)
         ras = to_ras(case.mask, case.affine)
         codes = nib.io_orientation(case.affine)[:, 0].astype(int)
         size = np.empty(3)

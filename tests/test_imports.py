@@ -17,7 +17,7 @@ LEAVES = {'config', 'settings', 'dataset', 'model', 'diffusion', 'losses', 'metr
           'anatomy', 'stroke', 'amyloid', 'describe',            # the parts of phantom.py
           'experiment', 'charts', 'montage', 'report'}           # the parts of plot.py
 SCRIPTS = {'phantom', 'translate', 'evaluate', 'outputs', 'train_aae', 'train_unet', 'post_train', 'infer', 'plot',
-           'benchmark', 'study', 'trials', 'tables', 'monai_ldm',
+           'pictures', 'benchmark', 'study', 'trials', 'tables', 'monai_ldm',
            'timing', 'timed_inference', 'turns', 'conclusions', 'plain', 'peers'}  # the parts of benchmark.py
 MORE = {                                                         # what else a file may import of ours
     'config': {'settings'},
