@@ -311,8 +311,8 @@ def _write_splits(spec, shares, seed):
     for split, names in lists.items():
         print(f'  {len(names)} subjects in {os.path.join(spec.data_info, split)}.txt')
     if len(lists['validation']) < 9:
-        print('  intervals of the lesion volume or SUVR need 9 validation subjects with truth: for more, move these lists '
-              'away and give validation a larger share')
+        print('  intervals of the lesion volume or SUVR need 9 validation subjects with truth: for more, move these '
+              'lists away and give validation a larger share')
     return 0
 
 
