@@ -5,12 +5,14 @@ The data set: cached training samples of a list of subjects. Behind it: loader.p
 python dataset.py                            check every file of every split; a line per fault, exit 1 if there is one
 python dataset.py --without_truth            the same of new subjects: sources, masks and composites alone
 python dataset.py --make_splits 0.7,0.1,0.2  write train.txt, validation.txt, test.txt for the subjects that are found
+python dataset.py --make_splits 5-fold       those of a cross-validation, in data_info_1 .. data_info_5
 """
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 import uuid
@@ -26,7 +28,7 @@ from tqdm import tqdm
 import check
 import grid
 from loader import BACKGROUND, Boxed, augment, cut, loader
-from splits import find_ids, label_of, make_splits, read_labels, read_lists, read_split, read_table
+from splits import find_ids, label_of, make_folds, make_splits, read_labels, read_lists, read_split, read_table
 from subject import Spec, Subject, load_subject, scaling_range
 from volume import DataError, failure, write_volume
 
@@ -303,21 +305,24 @@ def _write_splits(spec, shares, seed):
             complete += [id] if all(spec.path(name, id) for name in spec.names()) else []
         except DataError as error:
             print(f'  left out {id}: {error}')
-    lists = make_splits(complete, spec.data_info, shares, seed)
+    folds = re.fullmatch(r'(\d+)-fold', shares)
+    made = (make_folds(complete, spec.data_info, int(folds[1]), seed) if folds
+            else {spec.data_info: make_splits(complete, spec.data_info, shares, seed)})
     table = read_table(spec.data_info)
     patients = {table[id]['patient'] for id in complete if table.get(id, {}).get('patient')}
     said = f'of {len(patients)} patients' if patients else 'each a patient of its own: data_info.csv names none'
     print(f'  {len(complete)} subjects, {said}')
-    for split, names in lists.items():
-        print(f'  {len(names)} subjects in {os.path.join(spec.data_info, split)}.txt')
-    if len(lists['validation']) < 9:
+    for folder, lists in made.items():
+        for split, names in lists.items():
+            print(f'  {len(names)} subjects in {os.path.join(folder, split)}.txt')
+    if min(len(lists['validation']) for lists in made.values()) < 9:
         print('  intervals of the lesion volume or SUVR need 9 validation subjects with truth: for more, move these '
               'lists away and give validation a larger share')
     return 0
 
 
 FLAGS = dict(
-    make_splits=('', 'shares of train, validation and test, e.g. 0.7,0.1,0.2: write the lists'),
+    make_splits=('', 'shares of train, validation and test, e.g. 0.7,0.1,0.2, or 5-fold: write the lists'),
     without_truth=(False, 'new subjects: their sources, masks and composites alone, of the lists that are there'))
 
 

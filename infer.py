@@ -42,10 +42,12 @@ from evaluate import (
 )
 from outputs import (
     Found,
+    compare,
     keep_aside,
     known_intervals,
     leave_only,
     no_intervals,
+    pool,
     prediction_record,
     predictions,
     save_table,
@@ -235,45 +237,6 @@ def baselines(cfg, run, model, predict):
     return found | {name: partial(predict, model=other) for name, other in others.items() if not unlike[name]}
 
 
-def compare(cfg):
-    """
-    This experiment's table of subjects beside those of the experiments in cfg.compare, written to test_compare.csv.
-
-    Columns as in test_summary.csv, other experiments in place of the baselines. RunError where a table is missing, or
-    holds other subjects, or was made from another split or data_root.
-    """
-    name = tables_of(cfg).name
-    others = [word.strip() for word in cfg.compare.split(',')]
-    if '' in others or cfg.exp in others or len(set(others)) < len(others):
-        raise config.SettingError(f"--compare '{cfg.compare}' must name other experiments than {cfg.exp}, each once, "
-                                  'as in plain,weighted')
-    tables = {}
-    for exp in [cfg.exp, *others]:
-        path = Path('result') / exp / f'{name}.csv'
-        if not path.exists():
-            if (path.parent / f'{name}_predictions.csv').exists():
-                raise utils.RunError(f'{path} is missing: no subject there has truth, or inference has not finished')
-            raise utils.RunError(f'{path} is missing; run python infer.py --exp {exp} first')
-        how = settings_of(path.parent / 'inference.json')
-        if (how.get('split'), how.get('data_root')) != (cfg.split, cfg.data_root):
-            raise utils.RunError(f"{path} was not made from the split '{cfg.split}' of {cfg.data_root}; run python "
-                                 f'infer.py --exp {exp} again')
-        try:
-            tables[exp] = pd.read_csv(path, dtype={'ID': str}, keep_default_na=False, na_values=['', 'nan'])
-            ids = set(tables[exp]['ID'])
-        except (ValueError, KeyError) as err:
-            raise utils.RunError(f'{path} cannot be read as a table of subjects ({err}); run python infer.py --exp '
-                                 f'{exp} again') from None
-        if apart := sorted(ids ^ set(tables[cfg.exp]['ID'])):
-            raise utils.RunError(f'{apart[0]} ({len(apart)} subjects in all) is in one of the tables of {cfg.exp} and '
-                                 f'{exp} only; translate the same subjects with both')
-    summary = metrics.summarise(tables.pop(cfg.exp), tables, cfg.seed)
-    path = Path('result') / cfg.exp / f'{name}_compare.csv'
-    save_table(summary, path)
-    print(metrics.format_table(summary))
-    print(f'{path} written: this model is {cfg.exp}')
-
-
 def infer_file(cfg, run, model, spec):
     """Translate one new subject that is in no list: source file in, images in physical units on its grid out."""
     if not cfg.out:
@@ -321,11 +284,12 @@ def main():
     which = 'which model: auto (the first that is there), post, unet or regression'
     cfg = config.load(__doc__, extra=dict(
         stage=('auto', which), only_model=(False, 'no baselines, no intervals but earlier ones'),
-        compare=('', 'other experiments, NAME,NAME: their figures beside this one')))
+        compare=('', 'other experiments, NAME,NAME: their figures beside this one'),
+        pool=('', 'experiments of a cross-validation, NAME,NAME: their test subjects together, into this one')))
     if cfg.stage not in ('auto', 'post', 'unet', 'regression'):
         raise config.SettingError(f"--stage '{cfg.stage}': {which}")
-    if cfg.compare:
-        compare(cfg)
+    if cfg.compare or cfg.pool:
+        (compare if cfg.compare else pool)(cfg)
         return
     if not cfg.input and (lone := [name for name in ('input_mask', 'input_composite', 'out') if getattr(cfg, name)]):
         raise config.SettingError(f'--{lone[0]} is of one new subject: give its source, too, --input FILE')

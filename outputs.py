@@ -16,6 +16,7 @@ import torch
 
 import config
 import dataset
+import metrics
 import quality
 import utils
 import volume
@@ -77,8 +78,8 @@ def settings_of(path):
     return dict(skip_latent=False) | found  # older ones do not say it
 
 
-TABLES = ('', '_predictions', '_summary', '_status', '_lesion_calibration', '_mean', '_aae', '_unet', '_regression',
-          '_compare')
+BASELINES = ('_mean', '_aae', '_unet', '_regression')
+TABLES = ('', '_predictions', '_summary', '_status', '_lesion_calibration', *BASELINES, '_compare')
 
 
 def tables_of(cfg):
@@ -220,3 +221,87 @@ def predictions(ids, found):
     table = pd.DataFrame([dict(ID=id, qc=found.qc.get(id, 'not translated')) | found.predicted.get(id, {}) | likely[id]
                           for id in ids])
     return table[[name for name in table if name != 'qc'] + ['qc']]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# Tables of several experiments
+
+def compare(cfg):
+    """
+    This experiment's table of subjects beside those of the experiments in cfg.compare, written to test_compare.csv.
+
+    Columns as in test_summary.csv, other experiments in place of the baselines. RunError where a table is missing, or
+    holds other subjects, or was made from another split or data_root.
+    """
+    name = tables_of(cfg).name
+    tables = {}
+    for exp in [cfg.exp, *_others(cfg, 'compare')]:
+        tables[exp] = _figures_of(cfg, exp, f'{name}.csv')
+        ids = set(tables[exp]['ID'])
+        if apart := sorted(ids ^ set(tables[cfg.exp]['ID'])):
+            raise utils.RunError(f'{apart[0]} ({len(apart)} subjects in all) is in one of the tables of {cfg.exp} and '
+                                 f'{exp} only; translate the same subjects with both')
+    summary = metrics.summarise(tables.pop(cfg.exp), tables, cfg.seed)
+    path = Path('result') / cfg.exp / f'{name}_compare.csv'
+    save_table(summary, path)
+    print(metrics.format_table(summary))
+    print(f'{path} written: this model is {cfg.exp}')
+
+
+def _others(cfg, flag):
+    """The experiments that a flag names."""
+    given = getattr(cfg, flag)
+    others = [word.strip() for word in given.split(',')]
+    if '' in others or cfg.exp in others or len(set(others)) < len(others):
+        raise config.SettingError(f"--{flag} '{given}' must name other experiments than {cfg.exp}, each once, as in "
+                                  'plain,weighted')
+    return others
+
+
+def _figures_of(cfg, exp, file):
+    """A table of subjects of an experiment; RunError if it is missing, damaged, or of another split or data_root."""
+    path = Path('result') / exp / file
+    if not path.exists():
+        if (path.parent / file.replace('.csv', '_predictions.csv')).exists():
+            raise utils.RunError(f'{path} is missing: no subject there has truth, or inference has not finished')
+        raise utils.RunError(f'{path} is missing; run python infer.py --exp {exp} first')
+    how = settings_of(path.parent / 'inference.json')
+    if (how.get('split'), how.get('data_root')) != (cfg.split, cfg.data_root):
+        raise utils.RunError(f"{path} was not made from the split '{cfg.split}' of {cfg.data_root}; run python "
+                             f'infer.py --exp {exp} again')
+    try:
+        table = pd.read_csv(path, dtype={'ID': str}, keep_default_na=False, na_values=['', 'nan'])
+        table['ID']
+    except (ValueError, KeyError) as err:
+        raise utils.RunError(f'{path} cannot be read as a table of subjects ({err}); run python infer.py --exp '
+                             f'{exp} again') from None
+    return table
+
+
+def pool(cfg):
+    """
+    The test subjects of several experiments, the folds of a cross-validation, as one table in this experiment's folder,
+    with those of the baselines that all of them have: test.csv, test_<baseline>.csv, test_summary.csv.
+
+    RunError as compare, or where a subject is in two of them.
+    """
+    stem, others = tables_of(cfg), _others(cfg, 'pool')
+    if (stem.parent / 'pred').exists():
+        raise utils.RunError(f'{stem.parent} has predictions of its own; pool the folds into another --exp')
+    tables = [_figures_of(cfg, exp, f'{stem.name}.csv') for exp in others]
+    ids = pd.concat(tables)['ID']
+    if twice := sorted(ids[ids.duplicated()]):
+        raise utils.RunError(f'{twice[0]} ({len(twice)} subjects in all) is a test subject of more than one of '
+                             f'{", ".join(others)}; each must be in one test list')
+    beside = [end[1:] for end in BASELINES
+              if all((Path('result') / exp / f'{stem.name}{end}.csv').exists() for exp in others)]
+    pooled = {name: pd.concat([_figures_of(cfg, exp, f'{stem.name}_{name}.csv') for exp in others]) for name in beside}
+    table = pd.concat(tables).reset_index(drop=True)
+    pooled = {name: rows.set_index('ID').loc[table['ID']].reset_index() for name, rows in pooled.items()}
+    summary = metrics.summarise(table, pooled, cfg.seed)
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_record(stem.parent, dict(split=cfg.split, data_root=cfg.data_root, exp=cfg.exp, pooled=others))
+    for end, rows in {'': table, '_summary': summary, **{f'_{name}': rows for name, rows in pooled.items()}}.items():
+        save_table(rows, f'{stem}{end}.csv')
+    print(metrics.format_table(summary))
+    print(f'{stem}.csv, {stem}_summary.csv written: {len(table)} subjects of {", ".join(others)}')

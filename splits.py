@@ -5,6 +5,7 @@ import glob
 import os
 import random
 import re
+import shutil
 
 from volume import DataError
 
@@ -219,11 +220,43 @@ def make_splits(ids, data_info, shares, seed=0):
     except ValueError:
         parts = []
     if len(parts) != 3 or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
-        raise DataError(f'--make_splits {shares} must be three positive shares that sum to 1, as in 0.7,0.1,0.2.')
-    paths = {split: os.path.join(data_info, f'{split}.txt') for split in SPLITS}
-    existing = [path for path in paths.values() if _read_ids(path)]
-    if existing:
-        raise DataError(f'{", ".join(existing)} exists already; move it away first, so that no split is lost.')
+        raise DataError(f'--make_splits {shares} must be three positive shares that sum to 1, as in 0.7,0.1,0.2, or a '
+                        'number of folds, as in 5-fold.')
+    visits = _visits(ids, data_info, seed, 3)
+    patients = list(visits)
+    validation = max(1, min(round(parts[1] * len(patients)), len(patients) - 2))
+    test = max(1, min(round(parts[2] * len(patients)), len(patients) - validation - 1))
+    chosen = {'validation': patients[:validation], 'test': patients[validation:validation + test],
+              'train': patients[validation + test:]}
+    return _write_lists(data_info, {split: [id for patient in chosen[split] for id in visits[patient]]
+                                    for split in SPLITS})
+
+
+def make_folds(ids, data_info, count, seed=0):
+    """
+    Lists for a cross-validation: the folders <data_info>_1 .. _<count> with the three lists each, and data_info.csv.
+
+    Each patient is in one test list; fold k is tested on part k, validated on the next part, trained on the others.
+    Returns dict folder -> dict split -> IDs. DataError as make_splits.
+    """
+    if count < 3:
+        raise DataError(f'--make_splits {count}-fold: a cross-validation here needs 3 folds or more.')
+    visits, found, table = _visits(ids, data_info, seed, count), {}, os.path.join(data_info, 'data_info.csv')
+    parts = [[id for patient in list(visits)[k::count] for id in visits[patient]] for k in range(count)]
+    folders = [f'{os.path.normpath(data_info)}_{k + 1}' for k in range(count)]
+    for folder in folders:
+        _refuse_lists(folder)
+    for k, folder in enumerate(folders):
+        others = [part for n, part in enumerate(parts) if n not in (k, (k + 1) % count)]
+        lists = {'train': sum(others, []), 'validation': parts[(k + 1) % count], 'test': parts[k]}
+        found[folder] = _write_lists(folder, lists)
+        if os.path.isfile(table):
+            shutil.copy(table, folder)
+    return found
+
+
+def _visits(ids, data_info, seed, least):
+    """dict patient -> IDs, patients in random order; DataError for an ID without patient or too few patients."""
     table, visits = read_table(data_info), {}
     without = sorted(id for id in ids if id not in table)
     if without and any(row.get('patient') for row in table.values()):
@@ -231,19 +264,30 @@ def make_splits(ids, data_info, shares, seed=0):
                         f'({len(without)} subjects in all); add them.')
     for id in sorted(ids):
         visits.setdefault(table.get(id, {}).get('patient') or id, []).append(id)
-    if len(visits) < 3:
-        raise DataError(f'three lists need at least 3 patients, but the templates found {len(visits)} ({len(ids)} '
-                        f'subjects); correct data_root or the templates in config.py.')
+    if len(visits) < least:
+        raise DataError(f'{"three lists" if least == 3 else f"{least} folds"} need at least {least} patients, but the '
+                        f'templates found {len(visits)} ({len(ids)} subjects); correct data_root or the templates in '
+                        'config.py.')
     patients = sorted(visits)
     random.Random(seed).shuffle(patients)
-    validation = max(1, min(round(parts[1] * len(patients)), len(patients) - 2))
-    test = max(1, min(round(parts[2] * len(patients)), len(patients) - validation - 1))
-    chosen = {'validation': patients[:validation], 'test': patients[validation:validation + test],
-              'train': patients[validation + test:]}
-    lists = {split: sorted(id for patient in chosen[split] for id in visits[patient]) for split in SPLITS}
+    return {patient: visits[patient] for patient in patients}
+
+
+def _refuse_lists(data_info):
+    """DataError where there is a list already."""
+    existing = [path for path in (os.path.join(data_info, f'{split}.txt') for split in SPLITS) if _read_ids(path)]
+    if existing:
+        raise DataError(f'{", ".join(existing)} exists already; move it away first, so that no split is lost.')
+
+
+def _write_lists(data_info, lists):
+    """Write the three lists, sorted, and return them."""
+    _refuse_lists(data_info)
+    lists = {split: sorted(lists[split]) for split in SPLITS}
     os.makedirs(data_info, exist_ok=True)
     for split, names in lists.items():
-        with open(f'{paths[split]}.tmp', 'w', encoding='utf-8') as file:
+        path = os.path.join(data_info, f'{split}.txt')
+        with open(f'{path}.tmp', 'w', encoding='utf-8') as file:
             file.write(''.join(f'{id}\n' for id in names))
-        os.replace(f'{paths[split]}.tmp', paths[split])
+        os.replace(f'{path}.tmp', path)
     return lists

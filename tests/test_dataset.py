@@ -24,6 +24,7 @@ from made_data import (
     write_amyloid,
     write_lists,
     write_stroke,
+    write_table,
 )
 
 import dataset
@@ -402,6 +403,9 @@ def test_command(repo):
     assert len(starts) == 1 and starts[0].startswith('s03: data/s03/dwi.nii.gz is missing')
     done = subprocess.run([*words[:2], '--make_splits', '1,2'], capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.startswith('Error: --make_splits 1,2 must be')
+    done = subprocess.run([*words, '--make_splits', '3-fold'], capture_output=True, text=True)
+    assert done.returncode == 0 and '1 subjects in data/data_info_3/test.txt' in done.stdout, done.stderr
+    assert 'left out s03' in done.stdout and 'need 9 validation subjects' in done.stdout
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -650,6 +654,24 @@ def test_volumes_as_samples():
     assert len(cohort) == 2 and [int(cohort[i]['label']) for i in range(2)] == [0, 1]
     assert cohort[1]['source'].shape == (1, 16, 16, 16) and cohort[1]['target'].shape == (1, 16, 16, 16)
     assert int(dataset.Cohort(dataset.Spec.from_settings(cfg), ['s01'])[0]['label']) == 2  # unknown
+
+
+def test_lists_of_a_cross_validation(capsys):
+    ids = [f'p{i}_{visit}' for i in range(11) for visit in range(1 + i % 2)]
+    write_table('data/data_info', {id: f'1,{id.split("_")[0]}' for id in ids})
+    found = splits.make_folds(ids, 'data/data_info', 4)
+    assert list(found) == [f'data/data_info_{k}' for k in (1, 2, 3, 4)]
+    assert sorted(sum((lists['test'] for lists in found.values()), [])) == sorted(ids)
+    assert sorted(sum((lists['validation'] for lists in found.values()), [])) == sorted(ids)
+    for folder, lists in found.items():
+        assert sorted(sum(lists.values(), [])) == sorted(ids) and lists == dataset.read_lists(folder)[0]
+        assert not dataset.read_lists(folder)[1]  # all visits of a patient in one list
+    with pytest.raises(dataset.DataError, match='data/data_info_1/train.txt.* exists already'):
+        splits.make_folds(ids, 'data/data_info', 3)
+    with pytest.raises(dataset.DataError, match='12 folds need at least 12 patients, but the templates found 11'):
+        splits.make_folds(ids, 'data/data_info', 12)
+    with pytest.raises(dataset.DataError, match='needs 3 folds or more'):
+        splits.make_folds(ids, 'data/data_info', 2)
 
 
 def test_a_label_may_be_unknown(capsys):

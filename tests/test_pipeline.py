@@ -7,6 +7,7 @@ from pathlib import Path
 import made_runs
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
@@ -570,6 +571,39 @@ def test_stage_3_of_another_unet_is_refused(trained):
     assert caught.value.one_sentence
     made_runs.call('infer', *settings['words'], '--exp', 'changed', '--stage', 'unet', '--only_model')
     shutil.rmtree('result/changed')
+
+
+def test_the_folds_of_a_cross_validation_are_pooled(tmp_path, monkeypatch, capsys):
+    """Each fold's test subjects once, with the baselines that all have; figures as of one table."""
+    monkeypatch.chdir(tmp_path)
+    rng, words = np.random.default_rng(0), ('--data_root', 'data/x')
+    tables = {}
+    for k in (1, 2, 3):
+        folder = Path('result', f'cv_{k}')
+        folder.mkdir(parents=True)
+        rows = pd.DataFrame(dict(ID=[f's{k}{i}' for i in range(6)], dwi_psnr=rng.normal(30, 1, 6), seconds=1.0))
+        tables[k] = rows
+        rows.to_csv(folder / 'test.csv', index=False)
+        rows.assign(dwi_psnr=rows['dwi_psnr'] - 2)[::-1].to_csv(folder / 'test_regression.csv', index=False)
+        if k == 2:
+            rows.to_csv(folder / 'test_unet.csv', index=False)
+        (folder / 'inference.json').write_text(json.dumps(dict(split='test', data_root='data/x')))
+    made_runs.call('infer', *words, '--exp', 'cv', '--pool', 'cv_1,cv_2,cv_3')
+    assert '18 subjects of cv_1, cv_2, cv_3' in capsys.readouterr().out
+    found, summary = pd.read_csv('result/cv/test.csv'), pd.read_csv('result/cv/test_summary.csv').set_index('metric')
+    assert list(found['ID']) == list(pd.concat(tables.values())['ID'])
+    assert list(pd.read_csv('result/cv/test_regression.csv')['ID']) == list(found['ID'])
+    assert summary.loc['dwi_psnr', 'mean'] == pytest.approx(pd.concat(tables.values())['dwi_psnr'].mean(), rel=1e-5)
+    assert summary.loc['dwi_psnr', 'regression_mean'] == pytest.approx(summary.loc['dwi_psnr', 'mean'] - 2, rel=1e-4)
+    assert summary.loc['dwi_psnr', 'n'] == 18 and not any('unet' in name for name in summary)
+    with pytest.raises(utils.RunError, match=r's10 \(6 subjects in all\) is a test subject of more than one'):
+        shutil.copytree('result/cv_1', 'result/again')
+        made_runs.call('infer', *words, '--exp', 'cv', '--pool', 'cv_1,again')
+    with pytest.raises(utils.RunError, match='result/cv_9/test.csv is missing'):
+        made_runs.call('infer', *words, '--exp', 'cv', '--pool', 'cv_1,cv_9')
+    (Path('result/cv_1/pred')).mkdir()
+    with pytest.raises(utils.RunError, match='has predictions of its own'):
+        made_runs.call('infer', *words, '--exp', 'cv_1', '--pool', 'cv_2,cv_3')
 
 
 def test_two_inferences_do_not_write_into_one_folder(trained):
