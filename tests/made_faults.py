@@ -231,6 +231,12 @@ DATA = [
     Fault('a missing lesion in stage 3', 'post_train.py $TINY --exp new --init_from exp_1', remove(LESION)),
     Fault('a label that is missing', 'train_unet.py $PET --exp new --init_from exp_pet',
           write('pet/data_info/data_info.csv', 'ID,label\ns01,1\n')),
+    Fault('no label that is known', 'train_unet.py $PET --exp new --init_from exp_pet',
+          write('pet/data_info/data_info.csv', 'ID,label\ns01,unknown\ns02,unknown\n')),
+    Fault('a picture of a damaged file', 'pictures.py $TINY --ids s01', half(CTP), says='s01: '),
+    Fault('the lesion weight of stage 3 for a regression', 'train_unet.py $TINY --regression True --w_lesion 0.3'),
+    Fault('a crop of slices', 'post_train.py $TINY --crop 16,16'),
+    Fault('attention at a level that is not there', 'train_unet.py $TINY --unet_attention 5'),
     Fault('a label out of range', 'train_unet.py $PET --exp new --init_from exp_pet',
           write('pet/data_info/data_info.csv', 'ID,label\ns01,1\ns02,5\n')),
     Fault('a cache inside the data', f'train_aae.py $TINY {NEW} --cache_dir data/cache'),
@@ -239,6 +245,7 @@ DATA = [
     Fault('the check of a damaged data set', 'dataset.py $TINY', both(half(CTP), values(ADC, lambda a: a * 1e-6)),
           says='s01: '),
     Fault('shares that do not sum to 1', 'dataset.py $TINY --make_splits 0.7,0.7,0.2'),
+    Fault('too few folds', 'dataset.py $TINY --make_splits 2-fold'),
     Fault('lists that are there already', 'dataset.py $TINY --make_splits 0.7,0.1,0.2'),
     Fault('too few patients for three lists', 'dataset.py $TINY --make_splits 0.7,0.1,0.2 --data_root few '
           '--data_info few', copy(CTP, 'few/s01/ctp.nii.gz')),
@@ -322,6 +329,10 @@ INFER = [
     Fault('a comparison with a damaged table', 'infer.py $TINY --compare other', both(
         copy('result/exp_1/inference.json', 'result/other/inference.json'),
         write('result/other/test.csv', 'name,dwi_mae\ns04,1\n'))),
+    Fault('folds of which one was not translated', 'infer.py $TINY --exp cv --pool exp_1,fold_2'),
+    Fault('two folds with the same test subjects', 'infer.py $TINY --exp cv --pool exp_1,again', both(
+        copy('result/exp_1/inference.json', 'result/again/inference.json'),
+        copy('result/exp_1/test.csv', 'result/again/test.csv'))),
     Fault('labels that are asked for and not there', 'infer.py $PET --exp exp_pet --label true',
           remove('pet/data_info/data_info.csv')),
     Fault('a full disk under the results', 'infer.py $TINY', limit=1),
