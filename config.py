@@ -43,6 +43,7 @@ resample = False                 # True brings all volumes of a subject onto the
 scaling = {'source': ('range', 0, 100), 'dwi': ('median', 0, 3), 'adc': ('range', 0, 3000)}  # or ('quantile', a, b)
 unit_scale = {'source': 1, 'dwi': 1, 'adc': 1}     # factor on a file's values, e.g. 1e6 for an ADC in mm^2/s
 num_classes = 0                  # number of label values in data_info.csv; 0: labels are not read
+lesion_rule = (620, 1.25, 0.1)   # finds lesions in images: ADC below, DWI above so many medians, so many ml or more
 suvr_positive = 1.11             # amyloid-positive: the true composite SUVR above this (depends on tracer, reference)
 flip = True                      # augmentation: left-right flips
 shift = 2                        # augmentation: shifts by up to this many voxels

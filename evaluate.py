@@ -44,7 +44,8 @@ def evaluate(run, predict, spec, ids, on_subject=None, quick=True, label='', int
                 else:
                     row |= metrics.subject_row(image, truth, mask, lesion, subject.spacing, ranges, spec.task,
                                                axis=subject.axial_axis, physical=volume.in_units(spec.scaling),
-                                               scales=ms_ssim_scales(spec), voxel_ml=subject.voxel_ml)
+                                               scales=ms_ssim_scales(spec), voxel_ml=subject.voxel_ml,
+                                               rule=spec.lesion_rule)
                     row |= lesion_head_row(lesion_map(subject, pred), mask, lesion, subject.voxel_ml)
                 if intervals:
                     row |= coverage_row(subject, pred, std, spec, intervals, image, truth)
@@ -99,7 +100,8 @@ def rule_map(subject, pred):
     if not {'dwi', 'adc'} <= set(subject.spec.targets) or not volume.in_units(subject.spec.scaling):
         return None
     image = subject.to_native(pred)
-    return metrics.lesion_rule(image['dwi'], image['adc'], subject.native_mask, subject.voxel_ml)
+    rule = subject.spec.lesion_rule
+    return metrics.lesion_rule(image['dwi'], image['adc'], subject.native_mask, subject.voxel_ml, rule)
 
 
 def lesion_head_row(probability, mask, lesion, voxel_ml):

@@ -18,9 +18,7 @@ RADIUS = 5                                                    # int(3.5 * SIGMA 
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)      # of MS-SSIM (Wang 2003), finest scale first
 MSE_FLOOR = 1e-10                                             # an exact prediction counts as 100 dB: finite means
 
-ADC_LIMIT = 620.0                                             # lesion rule: ADC below, 1e-6 mm^2/s,
-DWI_FACTOR = 1.25                                             # and DWI above this many times its in-mask median,
-MIN_COMPONENT_ML = 0.1                                        # in 26-connected components of this volume or more
+RULE = 620.0, 1.25, 0.1                                       # lesion rule: see lesion_rule
 RIM_MM = 6.0
 
 QUICK = ['psnr', 'ssim', 'mae', 'lesion_mae']                 # what quick_row returns: columns of a validation curve
@@ -140,15 +138,15 @@ def _halve(x, axis):
 # ---------------------------------------------------------------------------------------------------------------------
 # lesions
 
-def lesion_rule(dwi, adc, mask, voxel_ml):
+def lesion_rule(dwi, adc, mask, voxel_ml, rule=RULE):
     """
-    Lesion of a pair of images, real or synthetic: ADC < 620 and DWI > 1.25 times its in-mask median, inside the mask,
-    in 26-connected components of 0.1 ml or more. dwi may be in any unit, adc is in 1e-6 mm^2/s.
+    Lesion of a pair of images, real or synthetic, by a rule (a, b, ml): ADC < a and DWI > b times its in-mask median,
+    inside the mask, in 26-connected components of ml or more. dwi may be in any unit, adc is in 1e-6 mm^2/s.
     """
     mask = np.asarray(mask, bool)
-    found = mask & (adc < ADC_LIMIT) & (dwi > DWI_FACTOR * np.median(dwi[mask]))
+    found = mask & (adc < rule[0]) & (dwi > rule[1] * np.median(dwi[mask]))
     parts, _ = ndimage.label(found, structure=np.ones((3, 3, 3)))
-    large = np.bincount(parts.ravel()) * voxel_ml >= MIN_COMPONENT_ML - 1e-6      # headers hold 0.9999999 mm, too
+    large = np.bincount(parts.ravel()) * voxel_ml >= rule[2] - 1e-6      # headers hold 0.9999999 mm, too
     large[0] = False
     return large[parts]
 
@@ -167,7 +165,7 @@ def lesion_rim(lesion, mask, spacing, reach=RIM_MM):
     return mask & ~lesion & (distance <= reach + 1e-3)
 
 
-def _lesion_columns(pred, truth, mask, lesion, spacing, ranges, physical, voxel_ml):
+def _lesion_columns(pred, truth, mask, lesion, spacing, ranges, physical, voxel_ml, rule):
     """The stroke columns of subject_row, from images scaled to 0..1."""
     row = dict.fromkeys([f'{t}_lesion_mae' for t in pred] + LESION_COLUMNS, np.nan)
     if lesion is None:
@@ -184,21 +182,21 @@ def _lesion_columns(pred, truth, mask, lesion, spacing, ranges, physical, voxel_
         row['lesion_rim_mae'] = np.mean([error[t][rim].mean() for t in pred])
     if {'dwi', 'adc'} <= set(pred) and physical:
         pair = [{t: _physical(x[t], ranges[t]) for t in ('dwi', 'adc')} for x in (pred, truth)]
-        row.update(_rule_columns(*pair, mask, lesion, voxel_ml or float(np.prod(spacing)) / 1000))
+        row.update(_rule_columns(*pair, mask, lesion, voxel_ml or float(np.prod(spacing)) / 1000, rule))
     return row
 
 
-def _rule_columns(pred, truth, mask, lesion, voxel_ml):
+def _rule_columns(pred, truth, mask, lesion, voxel_ml, rule):
     """Lesion contrast, and what the lesion rule finds, from images in physical units."""
     row = {}
     if lesion.any() and (mask & ~lesion).any():
         ratios = [x['dwi'][lesion].mean() / max(x['dwi'][mask & ~lesion].mean(), 1e-6) for x in (pred, truth)]
         row['lesion_contrast_error'] = abs(ratios[0] - ratios[1])
-    found = lesion_rule(pred['dwi'], pred['adc'], mask, voxel_ml)
+    found = lesion_rule(pred['dwi'], pred['adc'], mask, voxel_ml, rule)
     parts, _ = ndimage.label(found, structure=np.ones((3, 3, 3)))
     false = found & ~np.isin(parts, np.unique(parts[lesion & found]))
     row['lesion_dice'] = dice(found, lesion)
-    row['lesion_dice_ceiling'] = dice(lesion_rule(truth['dwi'], truth['adc'], mask, voxel_ml), lesion)
+    row['lesion_dice_ceiling'] = dice(lesion_rule(truth['dwi'], truth['adc'], mask, voxel_ml, rule), lesion)
     row['lesion_ml'] = np.count_nonzero(lesion) * voxel_ml
     row['lesion_dice_2ml'] = row['lesion_dice'] if row['lesion_ml'] > 2 else np.nan
     row['lesion_avd_ml'] = abs(np.count_nonzero(found) - np.count_nonzero(lesion)) * voxel_ml
@@ -218,14 +216,16 @@ def _prepare(pred, truth, mask, lesion, ranges):
     return pred, truth, mask, lesion
 
 
-def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physical=True, scales=None, voxel_ml=None):
+def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physical=True, scales=None, voxel_ml=None,
+                rule=RULE):
     """
     The figures of one subject, as a dict column -> float.
 
     pred, truth: dicts target -> (X, Y, Z) in physical units (DWI in multiples of its in-mask median); mask (X, Y, Z);
     lesion (X, Y, Z), the ischaemic lesion or the cortical composite, or None if not known; spacing: mm of the axes;
     ranges: target -> (lo, hi); task 'ctp2dwi' or 'mri2pet'; axis: the axial one; scales: of MS-SSIM; voxel_ml: of a
-    voxel, None: product of spacing; physical: False where units are others (in_units): rule, ADC bias, SUVR are nan.
+    voxel, None: product of spacing; physical: False where units are others (in_units): rule, ADC bias, SUVR are nan;
+    rule: of lesion_rule.
 
     Per target: <t>_mae in physical units, <t>_psnr (dB), <t>_ssim, <t>_ms_ssim (axial slices for ctp2dwi, else 3D).
     ctp2dwi, undefined without a lesion:
@@ -257,7 +257,7 @@ def subject_row(pred, truth, mask, lesion, spacing, ranges, task, axis=2, physic
         row[f'{t}_ssim'] = ssim(pred[t], truth[t], mask, axis)
         row[f'{t}_ms_ssim'] = ms_ssim(pred[t], truth[t], mask, axis, scales)
     if task == 'ctp2dwi':
-        row.update(_lesion_columns(pred, truth, mask, lesion, spacing, ranges, physical, voxel_ml))
+        row.update(_lesion_columns(pred, truth, mask, lesion, spacing, ranges, physical, voxel_ml, rule))
     else:
         t, known = next(iter(pred)), physical and lesion is not None and lesion.any()
         true, made = (_physical(x[t][lesion].mean(), ranges[t]) if known else np.nan for x in (truth, pred))

@@ -65,7 +65,8 @@ def prediction_record(cfg, model, spec):
         way = dict(sampler='none', num_steps=1, samples=1, guidance=1.0, skip_latent=False)
     return dict(checkpoint=model.origin, aae=aae, weights=fingerprint(torch.nn.ModuleList(nets)), exp=cfg.exp, **way,
                 label=cfg.label, mirror=cfg.mirror, seed=cfg.seed, lesion_odds=cfg.lesion_odds,
-                lesion_core=cfg.lesion_core, units=units, settings=spec.travel())
+                lesion_core=cfg.lesion_core, units=units,
+                settings=spec.travel() | dict(lesion_rule=list(spec.lesion_rule)))
 
 
 def settings_of(path):
@@ -75,7 +76,9 @@ def settings_of(path):
     except (OSError, ValueError, TypeError):  # not there, or damaged: who knows
         return {}
     found = {name: value for name, value in found.items() if name not in ('intervals', 'fitted_on')}
-    return dict(skip_latent=False) | found  # older ones do not say it
+    if 'settings' in found:
+        found['settings'] = dict(lesion_rule=[620, 1.25, 0.1]) | found['settings']  # older ones do not say it
+    return dict(skip_latent=False) | found
 
 
 BASELINES = ('_mean', '_aae', '_unet', '_regression')
@@ -146,7 +149,7 @@ def known_intervals(cfg, model, record):
     """What inference fitted with this checkpoint and sampler, here or beside the checkpoint: {intervals, fitted_on}, or
     {}; fitted_on: data_root and IDs of the subjects."""
     def way(said):  # less where the files were and what they were like
-        files = dict.fromkeys(('unit_scale', 'resample', 'frame_interval'))
+        files = dict.fromkeys(('unit_scale', 'resample', 'frame_interval', 'lesion_rule'))
         return said | dict(split='', data_root='', exp='', settings=said.get('settings', {}) | files)
 
     for folder in (Path('result') / cfg.exp, checkpoint_path(cfg, model.stage).parent):

@@ -33,8 +33,7 @@ from experiment import Experiment
 FIGURES = ('montage.png', 'montage_*.png', 'metrics.png', 'scatter.png', 'calibration.png', 'curves.png')
 LESION = dict(ctp2dwi='lesion', mri2pet='composite')     # what the setting `lesion` is
 BOLUS_MM = 8.0                                         # the frames are smoothed by it before the bolus is timed
-RULE = (f'Lesion rule: ADC < {metrics.ADC_LIMIT:g}, DWI > {metrics.DWI_FACTOR:g} times its in-mask median, components '
-        f'of {metrics.MIN_COMPONENT_ML:g} ml or more.')
+RULE = 'Lesion rule: ADC < {:g}, DWI > {:g} times its in-mask median, components of {:g} ml or more.'
 STAR = 'A star: differs from this model (paired Wilcoxon test, p < 0.05 after Holm over the table).'
 NAMES = {'ctp2dwi': ('true lesion', 'lesion rule on the synthetic images'), 'mri2pet': ('cortical composite', '')}
 
@@ -67,7 +66,7 @@ def load_case(spec, folder, id):
     truth = {target: np.clip(image, *dataset.scaling_range(spec, target)) for target, image in truth.items()}
     found = None
     if spec.task == 'ctp2dwi' and {'dwi', 'adc'} <= set(pred) and volume.in_units(spec.scaling):
-        found = metrics.lesion_rule(pred['dwi'], pred['adc'], subject.native_mask, subject.voxel_ml)
+        found = metrics.lesion_rule(pred['dwi'], pred['adc'], subject.native_mask, subject.voxel_ml, spec.lesion_rule)
     return subject, montage.Case(id, '', subject.affine, subject.native_mask, [], pred, truth, std,
                                  subject.native_lesion, found, spec.task == 'ctp2dwi', probability)
 
@@ -87,7 +86,7 @@ def measure(spec, folder, id):
     subject, case = load_case(spec, folder, id)
     row, mask = dict(ID=id), case.mask
     if case.lesion is not None and case.truth and case.found is not None:
-        rule = metrics.lesion_rule(case.truth['dwi'], case.truth['adc'], mask, subject.voxel_ml)
+        rule = metrics.lesion_rule(case.truth['dwi'], case.truth['adc'], mask, subject.voxel_ml, spec.lesion_rule)
         regions = dict(true_ml=case.lesion, pred_ml=case.found, rule_ml=rule)
         row.update({name: np.count_nonzero(region) * subject.voxel_ml for name, region in regions.items()})
         for name, images in (('true_adc', case.truth), ('pred_adc', case.pred)):
@@ -240,8 +239,8 @@ def draw_figures(spec, run, fig, faults):
         columns = ['lesion_ml', 'lesion_head_ml', 'lesion_head_ml_low', 'lesion_head_ml_high']
         head = None if run.test is None or not set(columns) <= set(run.test) else run.test[columns]
         charts.draw_stroke_scatter(path, facts, head)
-        bars = ' Bars: 90 % intervals.' * (head is not None)
-        figures.append((path, f'One point a test subject; the grey line is identity.{bars} {RULE}'))
+        more = 'Bars: 90 % intervals. ' * (head is not None) + RULE.format(*spec.lesion_rule)
+        figures.append((path, f'One point a test subject; the grey line is identity. {more}'))
     if run.test is not None and {'suvr_true', 'suvr_pred'} <= set(run.test):
         known = run.test.dropna(subset=['suvr_true', 'suvr_pred'])
         if len(known):
@@ -323,7 +322,8 @@ def write_report(spec, run, figures, faults):
             f'Mean and bootstrap 95 % interval over the n test subjects for whom the figure is defined. {STAR} Taken '
             'in the brain mask, prediction and truth clipped to the range of the scaling.' + (
                 ' lesion_dice: without a lesion, finding none counts 1; lesion_dice_2ml: lesions above 2 ml alone. '
-                f'lesion_dice_ceiling: the lesion rule on the real images. {RULE}' if spec.task == 'ctp2dwi' else ''))
+                f'lesion_dice_ceiling: the lesion rule on the real images. {RULE.format(*spec.lesion_rule)}'
+                if spec.task == 'ctp2dwi' else ''))
     constants = json.loads(json.dumps(config.DEFAULTS))  # tuples become lists, as in the file
     changed = [(name, value, constants.get(name, '-')) for name, value in run.settings.items()
                if value != constants.get(name)]

@@ -20,7 +20,7 @@ KINDS = {  # whatever the constants are edited to; all others are strings
            'lesion_odds lesion_core lesion_floor post_last_step_share detail_lr_scale guidance',
     bool: 'resample flip trim normalise_latents detail_branch checkpointing regression lesion_head label_head '
           'tune_decoder mirror skip_latent',
-    tuple: 'spacing image_size aae_channels disc_channels unet_channels unet_attention detail_channels '
+    tuple: 'lesion_rule spacing image_size aae_channels disc_channels unet_channels unet_attention detail_channels '
            'regression_channels crop',
     dict: 'targets scaling unit_scale'}
 KINDS = {name: kind for kind, names in KINDS.items() for name in names.split()}
@@ -146,6 +146,8 @@ def validate(cfg, defaults):
                            'use --sampler ddim')
     if cfg.sampler != 'one_step' and cfg.num_steps > cfg.timesteps:
         raise SettingError(f'num_steps {cfg.num_steps} must be at most timesteps {cfg.timesteps}')
+    if len(cfg.lesion_rule) != 3 or any(type(x) not in (int, float) or x < 0 for x in cfg.lesion_rule):
+        raise SettingError(f'lesion_rule = {cfg.lesion_rule} must be three numbers, as in {defaults["lesion_rule"]}')
     if cfg.timesteps < 2:
         raise SettingError(f'timesteps = {cfg.timesteps} must be 2 or more')
     if any(type(level) is not int or not 0 <= level < len(cfg.unet_channels) for level in cfg.unet_attention):

@@ -43,6 +43,7 @@ class Spec:
     scaling: dict = field(default_factory=dict)
     unit_scale: dict = field(default_factory=dict)
     num_classes: int = 0
+    lesion_rule: tuple = (620.0, 1.25, 0.1)
     target_names: tuple = ()
     trim: bool = False
 
@@ -275,8 +276,7 @@ def load_subject(spec, id=None, files=None, with_truth=True, report=None):
     target = [image_onto(name, volumes[name].array[None]) for name in targets]
     frames = vol.resample_time(source.array, *times) if times else source.array[..., None]
     return Subject(
-        id=id, spec=spec, mask=work_mask,
-        source=image_onto('source', np.moveaxis(frames, -1, 0)),
+        id=id, spec=spec, mask=work_mask, source=image_onto('source', np.moveaxis(frames, -1, 0)),
         target=np.concatenate(target, axis=1) if target else None,
         lesion=None if lesion is None else _binary_onto(lesion, volumes['lesion'].affine, grid, flat) * work_mask,
         native_mask=masks['source'],

@@ -95,6 +95,7 @@ def test_an_unknown_name_names_the_nearest():
     (('--timesteps', '1', '--num_steps', '1'), 'must be 2 or more'),
     (('--unet_attention', '(2,)'), 'must name levels 0 to 1'),
     (('--crop', '(16, 16)'), 'is for volumes'),
+    (('--lesion_rule', '(620, 1.25)'), 'must be three numbers'),
     (('--exp', '../elsewhere'), 'plain folder name'),
     (('--task', 'ct2mr'), 'must be one of ctp2dwi, mri2pet'),
     (('--aae_steps', '-5'), 'must not be negative'),

@@ -209,6 +209,19 @@ def test_the_rule_needs_both_images_and_uses_the_median():
         assert metrics.lesion_rule(dwi, truth['adc'], mask, 0.02).any() == found
 
 
+def test_the_rule_may_be_another():
+    dwi, adc, mask = np.ones((6, 6, 6)), np.full((6, 6, 6), 800.0), np.ones((6, 6, 6), bool)
+    dwi[:3, :3, :3], adc[:3, :3, :3] = 1.2, 700
+    adc[5, 5, 5], dwi[5, 5, 5] = 100, 3
+    for rule, voxels in ((metrics.RULE, 0), ((750, 1.1, 0.02), 27), ((750, 1.1, 0.001), 28), ((750, 1.1, 0.03), 0)):
+        assert metrics.lesion_rule(dwi, adc, mask, 0.001, rule).sum() == voxels, rule
+    images = {'dwi': dwi, 'adc': adc}, {'dwi': dwi, 'adc': adc}
+    lesion, ranges = adc == 700, {'dwi': (0, 3), 'adc': (0, 3000)}
+    row = metrics.subject_row(*images, mask, lesion, (1, 1, 1), ranges, 'ctp2dwi', rule=(750, 1.1, 0.02))
+    assert row['lesion_dice'] == row['lesion_dice_ceiling'] == 1 and row['false_lesion_ml'] == 0
+    assert metrics.subject_row(*images, mask, lesion, (1, 1, 1), ranges, 'ctp2dwi')['lesion_detected'] == 0
+
+
 def test_rim_of_a_ball():
     x, y, z = np.meshgrid(*[np.arange(41) - 20] * 3, indexing='ij')
     radius = np.sqrt(x ** 2 + y ** 2 + z ** 2)

@@ -239,6 +239,20 @@ def test_lesion_odds_are_chosen_in_inference(trained, capsys):
     assert ('lesion_core 1 (at most 0.' in capsys.readouterr().out) == (task == 'ctp2dwi')
 
 
+def test_the_lesion_rule_is_a_setting(trained):
+    task, settings, folder = trained
+    if task != 'ctp2dwi':
+        return
+    words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'rule', '--only_model')
+    made_runs.call('infer', *words, '--lesion_rule', '2000,0.5,0.1')
+    for row, before in zip(table(Path('result/rule/test.csv')), table(folder / 'test.csv'), strict=True):
+        assert row['lesion_mae'] == before['lesion_mae'] and float(row['lesion_dice_ceiling']) < 0.5
+        image = nib.load(Path('result/rule/pred', row['ID'], 'lesion_rule.nii.gz'))
+        assert np.count_nonzero(image.dataobj) > 1000
+        record = json.loads(Path('result/rule/pred', row['ID'], 'prediction.json').read_text())
+        assert record['settings']['lesion_rule'] == [2000, 0.5, 0.1] and record['intervals']  # those fitted before
+
+
 def test_predictions_lie_on_the_subjects_own_grid(trained):
     task, settings, folder = trained
     for id in ids('test'):
