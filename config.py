@@ -179,7 +179,7 @@ PRESETS = {
         disc_channels=(64, 128), unet_channels=(224, 896, 1792), unet_attention=(1, 2), cond_channels=15, cond_width=64,
         detail_branch=False, predict='eps', schedule='scaled_linear', last_step_share=0, label_drop=0,
         aae_steps=100000, unet_steps=200000, post_steps=20000, batch_size=6, lr=4.8e-5,
-        aae_lr=4.5e-6 * 8, post_lr=1.2e-5, warmup=1, optimizer='adam', ema=0.9999, eval_every=20000, save_every=1000,
+        aae_lr=4.5e-6 * 8, post_lr=1.2e-5, warmup=1, optimizer='adam', ema=0.9999, eval_every=10000, save_every=1000,
         disc_start=5000, disc_ramp=1, flip=False, shift=0, trim=False, post_loss='lapt', lambda_t='linear',
         w_diffusion=1.0, w_image=0.01, w_lesion=0.02, post_last_step_share=0, tune_decoder=False, sampler='ddim',
         mirror=False),

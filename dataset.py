@@ -4,7 +4,7 @@ The data set: cached training samples of a list of subjects. Behind it: loader.p
 
 python dataset.py                            check every file of every split; a line per fault, exit 1 if there is one
 python dataset.py --without_truth            the same of new subjects: sources, masks and composites alone
-python dataset.py --make_splits 0.7,0.1,0.2  write train.txt, validation.txt, test.txt for the subjects that are found
+python dataset.py --make_splits 0.6,0.2,0.2  write train.txt, validation.txt, test.txt for the subjects that are found
 python dataset.py --make_splits 5-fold       those of a cross-validation, in data_info_1 .. data_info_5
 """
 
@@ -317,12 +317,12 @@ def _write_splits(spec, shares, seed):
             print(f'  {len(names)} subjects in {os.path.join(folder, split)}.txt')
     if min(len(lists['validation']) for lists in made.values()) < 9:
         print('  intervals of the lesion volume or SUVR need 9 validation subjects with truth: for more, move these '
-              'lists away and give validation a larger share')
+              'lists away and give validation a larger share (or make fewer folds)')
     return 0
 
 
 FLAGS = dict(
-    make_splits=('', 'shares of train, validation and test, e.g. 0.7,0.1,0.2, or 5-fold: write the lists'),
+    make_splits=('', 'shares of train, validation and test, e.g. 0.6,0.2,0.2, or 5-fold: write the lists'),
     without_truth=(False, 'new subjects: their sources, masks and composites alone, of the lists that are there'))
 
 
@@ -342,6 +342,10 @@ def main(cfg):
         table = read_table(spec.data_info)
     except DataError:
         table = {}  # read_lists has said so
+    known = {table.get(id, {}).get('label', '').lower() for id in lists.get('train', ())}
+    if spec.num_classes and not cfg.without_truth and known == {'unknown'}:
+        faults.append(('data_info.csv', f"{os.path.join(spec.data_info, 'data_info.csv')} knows the label of no "
+                                        'training subject; add those that are known, or set num_classes = 0.'))
     return 1 if check.report(lists, faults, lambda id: inspect(spec, table, id, not cfg.without_truth), thread_count(),
                              spec) else 0
 

@@ -75,10 +75,10 @@ class Experiment:
     Raises ExperimentError if there is no such folder, nothing in it, or a damaged file.
     """
 
-    def __init__(self, name, results='result'):
-        self.name, self.folder = name, Path(results) / name
+    def __init__(self, name, suvr_positive=1.11):
+        self.name, self.folder, self.suvr_positive = name, Path('result') / name, suvr_positive
         if not self.folder.is_dir():
-            others = sorted(path.parent.name for path in Path(results).glob('*/config.json'))
+            others = sorted(path.parent.name for path in Path('result').glob('*/config.json'))
             there = f' (there are: {", ".join(others)})' if others else ''
             raise ExperimentError(f'there is no experiment {self.folder}{there}; choose another --exp, or begin with '
                                   'python train_aae.py (or train_unet.py --regression True)')
@@ -124,9 +124,10 @@ class Experiment:
 
     @property
     def positive(self):
-        """The true SUVR above which a subject is amyloid-positive; older tables do not say it."""
-        said = {} if self.status is None else self.status
-        return float(said['suvr_positive'].iloc[0]) if 'suvr_positive' in said else 1.11
+        """The true SUVR above which a subject is amyloid-positive: as inference had it, else as the settings say."""
+        if self.status is None:
+            return self.suvr_positive
+        return float(self.status['suvr_positive'].iloc[0]) if 'suvr_positive' in self.status else 1.11  # older tables
 
     def said_of(self, id):
         """What the images say of a subject, a title for it, from test_predictions.csv; '' if that has no number."""

@@ -6,6 +6,7 @@ python infer.py                              the test split of the experiment in
 python infer.py --sampler ddim --num_steps 50 --samples 4
 python infer.py --input FILE --out DIR       one new subject, without truth (--input_mask FILE, --input_composite FILE)
 python infer.py --compare plain,other        no inference: the figures of these experiments' test.csv beside this one's
+python infer.py --exp cv --pool cv_1,cv_2    no inference: the test subjects of these experiments as one table, in cv
 torchrun --nproc_per_node=4 infer.py         subjects divided among processes
 
 Networks, task, schedule and scaling come from the checkpoints in result/<exp>, paths and sampler from the settings.

@@ -13,7 +13,7 @@ import nibabel as nib
 import numpy as np
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
 ACROSS = {'axial': 2, 'coronal': 1, 'sagittal': 0}     # the RAS axis across each plane
@@ -98,7 +98,7 @@ class View:
     It cuts volumes, cropped to the brain, outside of it NaN.
     """
 
-    def __init__(self, case, plane, index=None):
+    def __init__(self, case, plane, index=None, margin=MARGIN_MM):
         self.case, self.plane = case, plane
         self.index = best_index(case.mask, case.region, plane, case.affine) if index is None else int(index)
         ras = to_ras(case.mask, case.affine)
@@ -108,7 +108,7 @@ class View:
         rest = [axis for axis in range(3) if axis != ACROSS[plane]]
         self.dx, self.dy = size[rest[0]], size[rest[1]]
         whole = np.flip(ras.any(axis=ACROSS[plane]), (0, 1)).T
-        self.box = tuple(_span(whole.any(axis=1 - axis), step) for axis, step in ((0, self.dy), (1, self.dx)))
+        self.box = tuple(_span(whole.any(axis=1 - axis), step, margin) for axis, step in ((0, self.dy), (1, self.dx)))
         self.mask = cut(ras, plane, self.index)[self.box]
         self.aspect = self.mask.shape[0] * self.dy / (self.mask.shape[1] * self.dx)
 
@@ -147,9 +147,9 @@ class View:
             ax.set(**limits)
 
 
-def _span(line, step):
+def _span(line, step, margin):
     """From the first to the last True, with a margin in mm."""
-    inside, margin = np.flatnonzero(line), max(1, round(MARGIN_MM / step))
+    inside, margin = np.flatnonzero(line), max(1, round(margin / step))
     return slice(max(0, inside[0] - margin), inside[-1] + 1 + margin)
 
 
@@ -177,7 +177,7 @@ class Sheet:
         gap = self.GAP + (self.HEADING if headings else 0)  # between rows; the first one always has room for headings
         self.tops = self.TOP + np.cumsum([0, *heights[:-1]]) + gap * np.arange(len(heights))
         self.size = (x + 0.1, self.tops[-1] + heights[-1] + self.BOTTOM)
-        self.figure = plt.figure(figsize=self.size)
+        self.figure = Figure(figsize=self.size)  # not pyplot's, which several threads must not make at once
 
     def place(self, x, top, width, height):
         w, h = self.size
@@ -211,7 +211,6 @@ class Sheet:
             self.figure.legend(handles=handles, loc='lower right', ncols=len(lines), fontsize=8.5, frameon=False,
                                handlelength=1.4, borderaxespad=0.2)
         self.figure.savefig(path, dpi=dpi, facecolor='white')
-        plt.close(self.figure)
 
 
 def outlines(case, names):

@@ -103,8 +103,9 @@ def keep_aside(folder, record, ids, stem):
     when = datetime.fromtimestamp((folder / 'pred').stat().st_mtime).strftime('%Y-%m-%d %H:%M')
     if same:
         said = f'replacing the predictions of {when}, made with the same checkpoint and settings'
-        there = {path.parent for path in (folder / 'pred').rglob('*.*') if path.is_file()}  # an ID may hold a /
-        gone = move_aside(folder, {str(path.relative_to(folder / 'pred')) for path in there} - set(ids))
+        pred = folder / 'pred'  # an ID may hold a /
+        there = {path.parent for name in ('prediction.json', '*.nii.gz') for path in pred.rglob(name)} - {pred}
+        gone = move_aside(folder, {str(path.relative_to(pred)) for path in there} - set(ids))
         for path in map(Path, (f'{stem}{end}.csv' for end in TABLES) if gone else ()):
             if path.exists():
                 shutil.move(path, gone[0].parent / path.name)
@@ -128,12 +129,12 @@ def move_aside(folder, ids):
     return aside, len(there)
 
 
-def leave_only(stem, written):
+def leave_only(stem, written, tables=None):
     """The tables of an earlier inference that this one did not write would pass for its own: they move to old_<n>.
 
-    Not those of --compare, which is a command of its own.
+    Not those of --compare, which is a command of its own, unless `tables` names them.
     """
-    there = [Path(f'{stem}{end}.csv') for end in TABLES[:-1] if f'{stem}{end}.csv' not in written]
+    there = [Path(f'{stem}{end}.csv') for end in tables or TABLES[:-1] if f'{stem}{end}.csv' not in written]
     if there := [path for path in there if path.exists()]:
         aside = utils.old_folder(stem.parent)
         for path in there:
@@ -272,6 +273,10 @@ def _figures_of(cfg, exp, file):
     if (how.get('split'), how.get('data_root')) != (cfg.split, cfg.data_root):
         raise utils.RunError(f"{path} was not made from the split '{cfg.split}' of {cfg.data_root}; run python "
                              f'infer.py --exp {exp} again')
+    rule = tuple(how.get('settings', {}).get('lesion_rule', cfg.lesion_rule))
+    if rule != cfg.lesion_rule:
+        raise utils.RunError(f'{path} was made with lesion_rule = {rule}, now it is {cfg.lesion_rule}; set it, or run '
+                             f'python infer.py --exp {exp} again')
     try:
         table = pd.read_csv(path, dtype={'ID': str}, keep_default_na=False, na_values=['', 'nan'])
         table['ID']
@@ -300,11 +305,14 @@ def pool(cfg):
               if all((Path('result') / exp / f'{stem.name}{end}.csv').exists() for exp in others)]
     pooled = {name: pd.concat([_figures_of(cfg, exp, f'{stem.name}_{name}.csv') for exp in others]) for name in beside}
     table = pd.concat(tables).reset_index(drop=True)
-    pooled = {name: rows.set_index('ID').loc[table['ID']].reset_index() for name, rows in pooled.items()}
+    pooled = {name: rows.set_index('ID').reindex(table['ID']).reset_index() for name, rows in pooled.items()}
     summary = metrics.summarise(table, pooled, cfg.seed)
     stem.parent.mkdir(parents=True, exist_ok=True)
-    write_record(stem.parent, dict(split=cfg.split, data_root=cfg.data_root, exp=cfg.exp, pooled=others))
-    for end, rows in {'': table, '_summary': summary, **{f'_{name}': rows for name, rows in pooled.items()}}.items():
+    write_record(stem.parent, dict(split=cfg.split, data_root=cfg.data_root, exp=cfg.exp, pooled=others,
+                                   settings=dict(lesion_rule=list(cfg.lesion_rule))))
+    written = {'': table, '_summary': summary} | {f'_{name}': rows for name, rows in pooled.items()}
+    for end, rows in written.items():
         save_table(rows, f'{stem}{end}.csv')
+    leave_only(stem, [f'{stem}{end}.csv' for end in written], TABLES)
     print(metrics.format_table(summary))
     print(f'{stem}.csv, {stem}_summary.csv written: {len(table)} subjects of {", ".join(others)}')

@@ -3,15 +3,14 @@ Look at a data set before training: are source and targets registered, is the ma
 images show it? No check can tell that; a look can.
 
 python pictures.py                     a picture of each listed subject, and result/<exp>/pictures.html with all of them
-python pictures.py --ids sub-1,sub-2   these subjects alone
+python pictures.py --ids sub-1,sub-2   these subjects alone; the page has those drawn before, too
 
-Every image is shown whole, not only in the mask, on the source's grid (by the affines), with the outlines of mask and
-lesion (amyloid: composite): slices through the largest area of the lesion, else the middle of the brain, and above and
-below it; of volumes the three planes.
+Every image is shown as it is, not only in the mask, to 40 mm around it, on the source's grid (by the affines), with the
+outlines of mask and lesion (amyloid: composite): slices through the largest area of the lesion, else the middle of the
+brain, and above and below it; of volumes the three planes.
 """
 
 import os
-import re
 from concurrent.futures import ThreadPoolExecutor
 from html import escape
 from pathlib import Path
@@ -28,6 +27,7 @@ import utils
 import volume
 
 APART = 0.2  # between the slices shown, as a share of the brain's extent
+MARGIN = 40  # mm shown around the mask
 
 
 def whole_images(spec, subject):
@@ -45,12 +45,12 @@ def whole_images(spec, subject):
 def views_of(case, dims):
     """The slices to show: of volumes three planes, of slices three axial ones."""
     if dims == 3:
-        return [montage.View(case, plane) for plane in montage.ACROSS]
+        return [montage.View(case, plane, margin=MARGIN) for plane in montage.ACROSS]
     middle = montage.View(case, 'axial')
     inside = np.flatnonzero(montage.to_ras(case.mask, case.affine).any(axis=(0, 1)))
     step = max(1, round(APART * len(inside)))
     numbers = [min(max(middle.index + move, inside[0]), inside[-1]) for move in (step, 0, -step)]
-    return [montage.View(case, 'axial', number) for number in dict.fromkeys(numbers)]
+    return [montage.View(case, 'axial', number, MARGIN) for number in dict.fromkeys(numbers)]
 
 
 def draw(path, spec, id):
@@ -86,11 +86,12 @@ def main():
     cfg = config.load(__doc__, extra=dict(ids=('', 'these subjects alone: ID,ID')))
     spec, folder = dataset.Spec.from_settings(cfg), Path('result') / cfg.exp / 'pictures'
     lists, _ = dataset.read_lists(cfg.data_info)
-    ids = [id.strip() for id in cfg.ids.split(',')] if cfg.ids else [id for part in lists.values() for id in part]
+    listed = [id for part in lists.values() for id in part]
+    ids = [id.strip() for id in cfg.ids.split(',')] if cfg.ids else listed
     if not ids:
         raise dataset.DataError(f'the lists in {cfg.data_info} name no subject; write one ID a line, or give --ids.')
     folder.mkdir(parents=True, exist_ok=True)
-    files = {id: folder / f'{re.sub("[^A-Za-z0-9._-]", "_", id)}.png' for id in ids}
+    files = {id: folder / f'{quote(id, safe="")}.png' for id in dict.fromkeys([*listed, *ids])}
     faults = {}
 
     def attempt(id):
@@ -102,7 +103,7 @@ def main():
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # each holds a subject in memory
         list(pool.map(attempt, ids))
     page = folder.with_suffix('.html')
-    write_page(page, cfg.exp, {id: file for id, file in files.items() if id not in faults})
+    write_page(page, cfg.exp, {id: file for id, file in files.items() if id not in faults and file.exists()})
     print(f'{len(ids) - len(faults)} subjects in {folder}, all of them in {page}')
     if faults:
         print(*(f'{id}: {text}' for id, text in sorted(faults.items())), sep='\n')

@@ -353,7 +353,7 @@ def write_report(spec, run, figures, faults):
 
 def main():
     cfg = config.load(__doc__)
-    run = Experiment(cfg.exp)
+    run = Experiment(cfg.exp, cfg.suvr_positive)
     if cfg.origin.get('data_root') != 'command line':
         cfg.data_root = run.data_root(cfg.data_root)
     spec = make_spec(cfg, run.folder, run.record.get('settings'))

@@ -139,7 +139,7 @@ def read_lists(data_info):
         if not ids:
             what = 'is missing' if ids is None else 'names no subject'
             faults.append((f'{split}.txt', f'{path} {what}; write one ID a line, or run python dataset.py '
-                                           f'--make_splits 0.7,0.1,0.2.'))
+                                           f'--make_splits 0.6,0.2,0.2.'))
         for id in sorted({id for id in lists[split] if ids.count(id) > 1}):
             faults.append((id, f'{path} names it {ids.count(id)} times; keep one line.'))
         for id in lists[split]:
@@ -210,7 +210,7 @@ def read_labels(data_info, ids, num_classes):
 
 def make_splits(ids, data_info, shares, seed=0):
     """
-    Write train.txt, validation.txt and test.txt: shares as '0.7,0.1,0.2', at random but the same for the same IDs and
+    Write train.txt, validation.txt and test.txt: shares as '0.6,0.2,0.2', at random but the same for the same IDs and
     seed, all visits of a patient (data_info.csv) in one list, every list filled. Returns dict split -> IDs.
 
     Existing lists are an error, so that no split is lost, and so is an ID without a row in a table of patients.
@@ -220,7 +220,7 @@ def make_splits(ids, data_info, shares, seed=0):
     except ValueError:
         parts = []
     if len(parts) != 3 or min(parts) <= 0 or abs(sum(parts) - 1) > 1e-6:
-        raise DataError(f'--make_splits {shares} must be three positive shares that sum to 1, as in 0.7,0.1,0.2, or a '
+        raise DataError(f'--make_splits {shares} must be three positive shares that sum to 1, as in 0.6,0.2,0.2, or a '
                         'number of folds, as in 5-fold.')
     visits = _visits(ids, data_info, seed, 3)
     patients = list(visits)

@@ -31,6 +31,7 @@ MEANING = dict(lists='lists (fingerprint of train.txt and validation.txt)', aae=
                unet='U-Net of stage 2 (its fingerprint)', mask='a template for masks', lesion='a template for lesions')
 OLDER = dict(trim=False, source_noise=0.0, lesion_core=0.7)  # what a last_ file means that does not say it
 RENAMED = dict(regression_w_lesion='w_lesion')               # where an older one says it
+DATA = 'resample', 'mask', 'lesion'                          # which older ones do not say: taken to be as now
 
 
 class CsvLog:
@@ -201,7 +202,8 @@ class Stage:
         """Take over the state, networks and optimisers of a last_ file, if it was trained with the same settings."""
         batch, processes = data['fixed'].get('batch_size', self.cfg.batch_size), data['processes']
         for key, value in self.fixed.items():
-            old = data['fixed'].get(key, data['fixed'].get(RENAMED.get(key), OLDER.get(key, value)))
+            unsaid = data['fixed'].get(RENAMED.get(key), OLDER.get(key, value if key in DATA else None))
+            old = data['fixed'].get(key, unsaid)
             if key == 'targets' and old == value and list(old) != list(value):  # the order of the channels
                 old, value = list(old), list(value)
             if old != value and not (key == 'batch_size' and batch * processes == self.batch):

@@ -247,7 +247,7 @@ def write_results():
     head, rest = old.split(begin)
     tail = rest.split(end)[1]
     note = ('Mean over subjects, seeds averaged for each subject first, and 95 % bootstrap interval (of AUC: the mean '
-            'of the seeds\'). * differs from the same seeds of the first line (paired Wilcoxon, Holm over the table, '
+            'of the seeds\'). A star: differs from the same seeds of the first line (paired Wilcoxon, Holm over it, '
             'p < 0.05), in the same direction in each of two seeds or more; one seed of another training has no star, '
             'since two trainings of one recipe differ, here by up to 0.2 dB, 0.008 in lesion MAE and 0.05 in Dice, '
             'which a test over subjects cannot know; shares and widths of intervals are not tested. CPU s: process '

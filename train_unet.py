@@ -179,9 +179,10 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
 
 def main():
     cfg = config.load(__doc__, extra={'restart': (False, 'begin anew, keep the old run aside')})
-    if cfg.regression and cfg.w_lesion and cfg.origin['w_lesion'] == 'command line':
-        raise config.SettingError('w_lesion is the weight of stage 3; for the regression give --regression_w_lesion')
     run = utils.Run(cfg.device, cfg.precision)
+    if run.main and cfg.regression and cfg.origin['w_lesion'] != 'config.py' and cfg.w_lesion:
+        print(f'w_lesion = {cfg.w_lesion:g} is for stage 3; the regression has regression_w_lesion = '
+              f'{cfg.regression_w_lesion:g}')
     lists = [dataset.read_split(cfg.data_info, split) for split in ('train', 'validation')]
     (train_regression if cfg.regression else train_diffusion)(cfg, run, dataset.Spec.from_settings(cfg), *lists)
 

@@ -234,7 +234,6 @@ DATA = [
     Fault('no label that is known', 'train_unet.py $PET --exp new --init_from exp_pet',
           write('pet/data_info/data_info.csv', 'ID,label\ns01,unknown\ns02,unknown\n')),
     Fault('a picture of a damaged file', 'pictures.py $TINY --ids s01', half(CTP), says='s01: '),
-    Fault('the lesion weight of stage 3 for a regression', 'train_unet.py $TINY --regression True --w_lesion 0.3'),
     Fault('a crop of slices', 'post_train.py $TINY --crop 16,16'),
     Fault('attention at a level that is not there', 'train_unet.py $TINY --unet_attention 5'),
     Fault('a label out of range', 'train_unet.py $PET --exp new --init_from exp_pet',

@@ -665,7 +665,11 @@ def test_lists_of_a_cross_validation(capsys):
     assert sorted(sum((lists['validation'] for lists in found.values()), [])) == sorted(ids)
     for folder, lists in found.items():
         assert sorted(sum(lists.values(), [])) == sorted(ids) and lists == dataset.read_lists(folder)[0]
-        assert not dataset.read_lists(folder)[1]  # all visits of a patient in one list
+        assert not dataset.read_lists(folder)[1]
+        with open(f'{folder}/data_info.csv') as mine, open('data/data_info/data_info.csv') as given:
+            assert mine.read() == given.read()
+        patients = [{id.split('_')[0] for id in part} for part in lists.values()]
+        assert sum(map(len, patients)) == 11  # all visits of a patient in one list
     with pytest.raises(dataset.DataError, match='data/data_info_1/train.txt.* exists already'):
         splits.make_folds(ids, 'data/data_info', 3)
     with pytest.raises(dataset.DataError, match='12 folds need at least 12 patients, but the templates found 11'):
@@ -683,6 +687,9 @@ def test_a_label_may_be_unknown(capsys):
     assert code == 0 and not faults and 'labels in train: 0: 1, not known: 1' in str(summary)
     with pytest.raises(dataset.DataError, match='label of none of 2 subjects'):
         dataset.read_labels('data/data_info', ['s02', 's03'], 2)
+    write_lists('data/data_info', ['s02'], ['s03'], ['s01', 's04'], labels)
+    code, faults, _ = check(capsys, amyloid_settings())
+    assert code == 1 and len(faults) == 1 and 'knows the label of no training subject' in faults[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,9 @@ def test_a_picture_of_each_subject_and_a_page(data, monkeypatch, capsys, tmp_pat
     with pytest.raises(utils.RunError, match='1 of 2 subjects could not be shown'):
         call(monkeypatch, *data, '--ids', 's01,s02', '--exp', 'two')
     assert 's02: ' in capsys.readouterr().out and (tmp_path / 'result/two/pictures/s01.png').exists()
+    call(monkeypatch, *data, '--ids', 's03', '--exp', 'two')  # the page has those drawn before, too
+    page = (tmp_path / 'result/two/pictures.html').read_text()
+    assert 'pictures/s01.png' in page and 'pictures/s03.png' in page and 's02.png' not in page
 
 
 def test_what_is_drawn_is_the_file_as_its_affine_places_it(data, monkeypatch):

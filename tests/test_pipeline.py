@@ -602,7 +602,10 @@ def test_the_folds_of_a_cross_validation_are_pooled(tmp_path, monkeypatch, capsy
         if k == 2:
             rows.to_csv(folder / 'test_unet.csv', index=False)
         (folder / 'inference.json').write_text(json.dumps(dict(split='test', data_root='data/x')))
+    Path('result/cv').mkdir()
+    Path('result/cv/test_unet.csv').write_text('ID\n')  # of an earlier pool
     made_runs.call('infer', *words, '--exp', 'cv', '--pool', 'cv_1,cv_2,cv_3')
+    assert not Path('result/cv/test_unet.csv').exists() and Path('result/cv/old_1/test_unet.csv').exists()
     assert '18 subjects of cv_1, cv_2, cv_3' in capsys.readouterr().out
     found, summary = pd.read_csv('result/cv/test.csv'), pd.read_csv('result/cv/test_summary.csv').set_index('metric')
     assert list(found['ID']) == list(pd.concat(tables.values())['ID'])
@@ -613,6 +616,10 @@ def test_the_folds_of_a_cross_validation_are_pooled(tmp_path, monkeypatch, capsy
     with pytest.raises(utils.RunError, match=r's10 \(6 subjects in all\) is a test subject of more than one'):
         shutil.copytree('result/cv_1', 'result/again')
         made_runs.call('infer', *words, '--exp', 'cv', '--pool', 'cv_1,again')
+    with pytest.raises(utils.RunError, match='was made with lesion_rule = .620, 1.25, 0.1., now it is .700'):
+        rule = json.dumps(dict(split='test', data_root='data/x', settings=dict(task='ctp2dwi')))
+        Path('result/cv_1/inference.json').write_text(rule)  # of before it was a setting
+        made_runs.call('infer', *words, '--exp', 'cv', '--pool', 'cv_1,cv_2', '--lesion_rule', '700,1.25,0.1')
     with pytest.raises(utils.RunError, match='result/cv_9/test.csv is missing'):
         made_runs.call('infer', *words, '--exp', 'cv', '--pool', 'cv_1,cv_9')
     (Path('result/cv_1/pred')).mkdir()
@@ -628,14 +635,12 @@ def test_two_inferences_do_not_write_into_one_folder(trained):
     assert {path: path.stat().st_mtime for path in (folder / 'pred').rglob('*')} == before
 
 
-def test_stage_3_and_the_regression_refuse_settings_of_something_else(trained):
+def test_stage_3_refuses_settings_of_something_else(trained):
     task, settings, folder = trained
     other = 'mri2pet_demo' if task == 'ctp2dwi' else 'ctp2dwi_demo'
     with pytest.raises(config.SettingError, match='give the preset it was trained with'):
         made_runs.call('post_train', '--preset', other, '--data_root', 'data', '--data_info', 'data/data_info', '--exp',
                        'other', '--init_from', folder.name)
-    with pytest.raises(config.SettingError, match='give --regression_w_lesion'):
-        made_runs.call('train_unet', *settings['words'], '--regression', 'True', '--w_lesion', '0.3')
 
 
 @pytest.mark.parametrize('ids', [('a', 'b', 'c'), ('a/1', 'a/2', 'b/1')])
@@ -643,6 +648,9 @@ def test_images_of_subjects_that_left_the_list_move_aside(tmp_path, ids):
     for id in ids:
         (tmp_path / 'pred' / id).mkdir(parents=True)
         (tmp_path / 'pred' / id / 'dwi.nii.gz').write_text(id)
+    (tmp_path / 'pred' / 'note.txt').write_text('not a subject')
+    (tmp_path / 'pred' / ids[0] / 'notes').mkdir()
+    (tmp_path / 'pred' / ids[0] / 'notes' / 'n.txt').write_text('nor this')
     (tmp_path / 'test.csv').write_text('x')
     (tmp_path / 'inference.json').write_text('{"seed": 0}')
     record = dict(seed=0, skip_latent=False)

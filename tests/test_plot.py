@@ -368,6 +368,16 @@ def test_damaged_files(name, content, words):
     assert words in str(caught.value) and caught.value.one_sentence
 
 
+def test_positive_is_what_inference_had_else_the_setting():
+    folder = Path('result/exp_1')
+    write_curves(folder)
+    assert experiment.Experiment('exp_1').positive == 1.11 and experiment.Experiment('exp_1', 1.3).positive == 1.3
+    (folder / 'test_status.csv').write_text('score,auc\nsynthetic,0.7\n')  # of before it was a setting
+    assert experiment.Experiment('exp_1', 1.3).positive == 1.11
+    (folder / 'test_status.csv').write_text('score,auc,suvr_positive\nsynthetic,0.7,1.2\n')
+    assert experiment.Experiment('exp_1', 1.3).positive == 1.2
+
+
 def test_ids_that_pandas_takes_for_missing_and_ids_of_two_folders():
     folder = Path('result/exp_1')
     for id in ('NA', 'sub-01/ses-2'):
@@ -426,8 +436,8 @@ def test_patient_right_is_on_image_left(codes, plane):
 
 
 def test_the_drawn_panels_are_not_turned(monkeypatch, tmp_path):
-    kept = []
-    monkeypatch.setattr(montage.plt, 'close', kept.append)
+    kept, made = [], montage.Figure
+    monkeypatch.setattr(montage, 'Figure', lambda **how: kept.append(made(**how)) or kept[-1])
     case = marked_case('LAS')
     windows = montage.Windows({'adc': (0, 1)}, {'adc': 1}, {'adc': 1})
     montage.draw_case(tmp_path / 'a.png', case, ['axial', 'coronal', 'sagittal'], windows, {'adc': ''}, ('a', 'b'))
@@ -445,7 +455,6 @@ def test_the_drawn_panels_are_not_turned(monkeypatch, tmp_path):
             assert x < 0.45 and y > 0.55          # left half, upper half of the panel
             assert [text.get_text() for text in ax.texts] in (['R', 'L'], ['A', 'P'])
             panels += 1
-        montage.matplotlib.pyplot.figure(figure.number).clear()
     assert panels == 9 + 8
 
 

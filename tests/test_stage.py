@@ -196,6 +196,23 @@ def test_a_run_from_before_a_setting_goes_on_as_without_it():
     assert Loop('--trim', 'False', steps=10, fixed=('trim',)).seen == [8, 9]
 
 
+def test_what_an_older_file_says_by_another_name_or_not_at_all():
+    Loop()
+    path = FOLDER / 'last_unet.pth.tar'
+    data = torch.load(path)
+    for name in ('resample', 'mask', 'lesion'):  # which older ones do not say
+        del data['fixed'][name]
+    torch.save(data | dict(fixed=data['fixed'] | dict(w_lesion=0.3)), path)
+    fixed = ('regression_w_lesion',)
+    with pytest.raises(RunError, match='regression_w_lesion = 0.3, now it is 0.0'):
+        Loop(steps=10, fixed=fixed)
+    with pytest.raises(RunError, match='predict = None'):
+        Loop('--regression_w_lesion', '0.3', steps=10, fixed=(*fixed, 'predict'))
+    assert Loop('--regression_w_lesion', '0.3', '--mask', 'None', steps=10, fixed=fixed).seen == [8, 9]
+    with pytest.raises(RunError, match='resample = False, now it is True'):
+        Loop('--regression_w_lesion', '0.3', '--mask', 'None', '--resample', 'True', steps=12, fixed=fixed)
+
+
 def test_a_resumed_run_has_masks_and_lesions_as_before():
     Loop()
     for name, what in (('mask', 'a template for masks'), ('lesion', 'a template for lesions')):
