@@ -220,7 +220,8 @@ def networks(run, cfg):
     detail = place(PixelUNet(cfg.spatial_dims, *channels, True, cfg.detail_channels,
                              feature_channels=unet.feature_channels, lesion_head=cfg.lesion_head,
                              classes=classes_of(cfg, cfg))) if cfg.detail_branch else None
-    return Model(aae.eval().requires_grad_(False), unet, diffusion.to(run.device), detail, prep={})
+    return Model(aae.eval().requires_grad_(False), unet, diffusion.to(run.device), detail,
+                 prep=dataset.Spec.from_settings(cfg).travel())
 
 
 def timed(function, stage):

@@ -102,7 +102,8 @@ def test_the_document_holds_every_fault_of_the_table():
     assert [fault.what for fault in faults] == re.findall(r'^\d+\. (.*)$', text, flags=re.M)
     assert all(f'       {fault.shown()}\n' in text for fault in faults)
     scripts = {fault.command.split('.')[0] for fault in faults}
-    assert scripts == {'train_aae', 'train_unet', 'post_train', 'infer', 'plot', 'phantom', 'dataset', 'demo'}
+    assert scripts == {'train_aae', 'train_unet', 'post_train', 'infer', 'plot', 'phantom', 'dataset', 'demo',
+                       'pictures'}
 
 
 @pytest.mark.slow
