@@ -20,6 +20,7 @@ task = 'ctp2dwi'                 # ctp2dwi (2D slices, stroke metrics) or mri2pe
 preset = 'ctp2dwi_demo'          # ctp2dwi_demo, mri2pet_demo, ctp2dwi, mri2pet, lapt, il_cldm: see PRESETS
 exp = 'exp_1'                    # results go to result/<exp>
 init_from = None                 # 'exp_1': take the earlier stages from that experiment instead of this one
+pretrained = None                # 'exp_1': stages 1 and 2 start from that experiment's weights (fine-tuning)
 device = 'auto'                  # auto, cpu, cuda or cuda:1
 precision = 'auto'               # auto (bf16 where the device is fast in it), fp32, bf16, fp16 (CUDA, loss scaling)
 seed = 0                         # one seed for weights, data order, noise and sampling

@@ -24,8 +24,8 @@ KINDS = {  # whatever the constants are edited to; all others are strings
            'regression_channels crop',
     dict: 'targets scaling unit_scale'}
 KINDS = {name: kind for kind, names in KINDS.items() for name in names.split()}
-MAY_BE_NONE = ('init_from mask lesion frames frame_spacing frame_interval crop input input_mask input_composite '
-               'out').split()
+MAY_BE_NONE = ('init_from pretrained mask lesion frames frame_spacing frame_interval crop input input_mask '
+               'input_composite out').split()
 ITEMS = dict(targets=(str,), scaling=(tuple, list), unit_scale=(int, float))
 AT_MOST_1 = ('ema', 'last_step_share', 'post_last_step_share', 'label_drop', 'dropout', 'lesion_core')
 POSITIVE = ('batch_size', 'accumulate', 'lr', 'aae_lr', 'regression_lr', 'post_lr', 'eval_every', 'save_every',

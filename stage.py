@@ -29,9 +29,10 @@ except ImportError:  # not on Windows: no lock there
 # What the less obvious names in a last_ file's `fixed` mean, for messages.
 MEANING = dict(lists='lists (fingerprint of train.txt and validation.txt)', aae='autoencoder (its fingerprint)',
                unet='U-Net of stage 2 (its fingerprint)', mask='a template for masks', lesion='a template for lesions')
-OLDER = dict(trim=False, source_noise=0.0, lesion_core=0.7)  # what a last_ file means that does not say it
-RENAMED = dict(regression_w_lesion='w_lesion')               # where an older one says it
-DATA = 'resample', 'mask', 'lesion'                          # which older ones do not say: taken to be as now
+# What a last_ file means that does not say it.
+OLDER = dict(trim=False, source_noise=0.0, lesion_core=0.7, pretrained=None)
+RENAMED = dict(regression_w_lesion='w_lesion')  # where an older one says it
+DATA = 'resample', 'mask', 'lesion'             # which older ones do not say: taken to be as now
 
 
 class CsvLog:
@@ -122,6 +123,10 @@ class Stage:
         self.batch = cfg.batch_size * run.world  # the effective batch: samples a step over all processes
         self.state = dict(step=0, samples=0, seconds=0.0, evaluated=-1, best=None, best_step=-1, best_row={}, base={})
         self.last = self.folder / f'last_{name}.pth.tar'
+        self.pretrained = None  # the checkpoint that the networks begin with; a run that goes on has no need of it
+        if cfg.pretrained and name != 'post' and (cfg.restart or not self.last.exists()):
+            self.pretrained = Path('result') / cfg.pretrained / f'{BEST[name]}.pth.tar'
+            load_checkpoint(self.pretrained, name)  # before --restart moves anything
         if run.main:
             self.lock = lock(self.folder)
             for name in ('*.pth.tar', 'loss_curve_*', 'validation_*', 'config.json', 'git.txt'):
@@ -165,6 +170,25 @@ class Stage:
         batch = f'effective batch {self.batch} ({self.cfg.batch_size} a process)'
         for line in [command, *self.cfg.changes(), f'device {self.run.describe()}', f'{text}, {batch}']:
             self.log(line)
+
+    def start_from_pretrained(self, net, prep):
+        """With cfg.pretrained: give net the weights of that experiment's network of this stage. False if not.
+
+        prep: Spec.travel(). RunError if that network has another shape or makes other targets.
+        """
+        if not self.pretrained:
+            return False
+        path, data = self.pretrained, load_checkpoint(self.pretrained, self.name)
+        with reading(path, 'train it again'):
+            load_weights(net, data['net'], path)
+            theirs = {name: data['prep'].get(name) for name in prep}
+        if theirs['target_names'] != prep['target_names']:
+            raise RunError(f"{path} makes {', '.join(theirs['target_names'])}, the settings ask for "
+                           f"{', '.join(prep['target_names'])}; the targets of both must be the same, in this order")
+        others = [name for name in ('spacing', 'frame_spacing', 'scaling') if theirs[name] != prep[name]]
+        told = f'; {", ".join(others)} differ, to which the network has to adapt' if others else ''
+        self.log(f'starts from {path} (step {data["step"]}){told}')
+        return True
 
     def resume(self, steps, terms, metrics, epoch, **parts):
         """Load last_<name> if it is there, check the fixed settings, open the CSVs. False if the stage is finished.

@@ -26,7 +26,7 @@ import pandas as pd
 
 from stage import git_state, lock
 from tables import write_results
-from trials import BY_NAME, FEW, SETS, SUBJECTS, TASKS, TRIALS
+from trials import BY_NAME, FEW, OTHERS, SETS, SUBJECTS, TASKS, TRIALS
 from utils import RunError, cli, write_atomic
 
 
@@ -42,11 +42,12 @@ def script(*command):
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def data(task, group=None, subjects=0):
+def data(task, group=None, subjects=0, few=False):
     """The phantoms of a task, made if they are not there: words that name them.
 
     group: a test set, or None: those of training and validation, of which `subjects` are for training (0: all; more
-    than there are: so many phantoms, of which all but those of the usual validation and test lists are).
+    than there are: so many phantoms, of which all but those of the usual validation and test lists are). few: instead
+    60 phantoms of another kind, of which 30 are for training and 24 for validation.
     """
     group, subjects = FEW.get(group, (group, subjects))
     cut = 'test.txt' if group else 'train.txt'
@@ -55,6 +56,8 @@ def data(task, group=None, subjects=0):
     if usual:
         folder, count = f'{folder}_{subjects}', subjects
     more = (*SETS[group], '--split', '0.02,0.02,0.96') if group else ('--seed', '1')
+    if few:
+        folder, count, more = f'data/study_{task}_few', 60, OTHERS
     making = None
     while making is None:
         try:
@@ -90,6 +93,8 @@ def perform(trial, seed):
     resumed = any(Path('result', exp).glob('last_*'))  # then the seconds before are not known
     source = ('--init_from', BY_NAME[trial.start].exp(seed)) if trial.start else ()
     common = ('--exp', exp, '--seed', str(seed), *source)
+    if trial.pretrained:
+        common += ('--pretrained', BY_NAME[trial.pretrained].exp(seed))
     for command in trial.stages:
         name, *more = command.split()
         if name == 'monai_ldm.py':  # translates by itself
@@ -99,7 +104,7 @@ def perform(trial, seed):
             for group, folder in zip(trial.sets, folders, strict=True):
                 keep(pd.read_csv(f'result/{exp}/monai_{Path(folder).name}.csv'), trial.file(seed, group))
             continue
-        cpu += script(name, *data(trial.task, subjects=trial.subjects), *common, *more)
+        cpu += script(name, *data(trial.task, subjects=trial.subjects, few=trial.few), *common, *more)
     if trial.intervals:
         script('infer.py', *data(trial.task), *common, *trial.infer.split(), '--split', 'validation')
     for group in trial.sets:
@@ -125,8 +130,9 @@ def work(trials, seeds):
         for trial in trials:
             if seed not in trial.seeds or is_done(trial, seed):
                 continue
-            if trial.start and not is_done(BY_NAME[trial.start], seed):
-                print(f'{trial.name}, seed {seed}: waits for {trial.start}', flush=True)
+            first = next((t for t in (trial.start, trial.pretrained) if t and not is_done(BY_NAME[t], seed)), None)
+            if first:
+                print(f'{trial.name}, seed {seed}: waits for {first}', flush=True)
                 continue
             try:
                 held = lock(Path('result') / f'{trial.exp(seed)}.study')

@@ -25,7 +25,7 @@ from stage import Stage
 TERMS = ['loss', 'l1', 'adversarial', 'discriminator', 'grad_norm']
 FIXED = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'scaling', 'unit_scale', 'latent_channels',
          'normalise_latents', 'aae_channels', 'aae_blocks', 'disc_channels', 'w_adversarial', 'flip', 'shift', 'trim',
-         'ema', 'seed', 'batch_size', 'optimizer', 'aae_lr')
+         'pretrained', 'ema', 'seed', 'batch_size', 'optimizer', 'aae_lr')
 
 
 def adversarial_weight(step, cfg):
@@ -76,7 +76,8 @@ def main():
     aae = run.place(AAE(cfg.spatial_dims, len(cfg.targets), cfg.latent_channels, cfg.aae_channels, cfg.aae_blocks))
     recompute_blocks(aae, cfg.checkpointing)
     disc = run.place(Discriminator(cfg.spatial_dims, len(cfg.targets), cfg.disc_channels))
-    aae.start_from_blocks(cohort.some()['target'].to(run.device))
+    if not stage.start_from_pretrained(aae, spec.travel()):
+        aae.start_from_blocks(cohort.some()['target'].to(run.device))
     run.same_start(aae, disc)
     opt, ema = optim.make(cfg.optimizer, [(aae, 1)], run.precision), utils.EMA(aae, cfg.ema)
     disc_opt = optim.make('adam', [(disc, 1)])

@@ -27,7 +27,7 @@ from stage import Stage, needs_lesion
 
 DATA = ('task', 'targets', 'spatial_dims', 'spacing', 'image_size', 'context', 'frames', 'frame_spacing',
         'frame_interval', 'scaling', 'unit_scale', 'num_classes', 'flip', 'shift', 'source_noise', 'trim',
-        'ema', 'seed', 'batch_size', 'optimizer')
+        'pretrained', 'ema', 'seed', 'batch_size', 'optimizer')
 FIXED = DATA + ('lr', 'unet_channels', 'unet_blocks', 'unet_attention', 'cond_channels', 'cond_width', 'dropout',
                 'predict', 'schedule', 'timesteps', 'loss_weight', 'last_step_share', 'label_drop')
 FIXED_REGRESSION = DATA + ('regression_lr', 'regression_channels', 'w_image', 'regression_w_lesion', 'lesion_floor',
@@ -52,9 +52,10 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
                           cfg.dropout, cfg.checkpointing), latent_grid(cfg.image_size))
     recompute_blocks(unet.encode_source, cfg.checkpointing)
     diffusion = Diffusion(cfg.predict, cfg.schedule, cfg.timesteps, cfg.loss_weight, cfg.last_step_share).to(run.device)
-    some = run.to_device(cohort.some())
-    unet.encode_source.whiten.start_from(some['source'], some['mask'])
-    del some
+    if not stage.start_from_pretrained(unet, spec.travel()):
+        some = run.to_device(cohort.some())
+        unet.encode_source.whiten.start_from(some['source'], some['mask'])
+        del some
     run.same_start(unet)
     opt, ema = optim.make(cfg.optimizer, [(unet, 1)], run.precision), utils.EMA(unet, cfg.ema)
     stage.describe(f'U-Net {count_parameters(unet):,} parameters, {len(train_ids)} training subjects, '
@@ -121,12 +122,13 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
     channels = cohort.source_channels, cohort.target_channels
     net = run.place(PixelUNet(cfg.spatial_dims, *channels, False, cfg.regression_channels,
                               lesion_head=cfg.lesion_head, classes=classes_of(cfg, spec)))
-    some = run.to_device(cohort.some())
     recompute_blocks(net, cfg.checkpointing)
+    if not stage.start_from_pretrained(net, spec.travel()):
+        some = run.to_device(cohort.some())
+        net.whiten.start_from(some['source'], some['mask'])
+        del some
     if net.prior is not None and run.main:
         net.prior.fit(cohort)
-    net.whiten.start_from(some['source'], some['mask'])
-    del some
     run.same_start(net)
     opt, ema = optim.make(cfg.optimizer, [(net, 1)], run.precision), utils.EMA(net, cfg.ema)
     stage.describe(f'regression U-Net {count_parameters(net):,} parameters, {len(cohort)} samples')

@@ -10,6 +10,7 @@ from pathlib import Path
 FIGURES = Path('docs/study')
 SETS = {'test': ('--seed', '2'), 'shifted': ('--seed', '3', '--kind', 'shifted'), 'fresh': ('--seed', '7')}
 FEW = {'first10': ('test', 10)}  # the first so many subjects of a set: for what takes a minute a subject
+OTHERS = ('--seed', '11', '--kind', 'shifted', '--split', '0.5,0.4,0.1')  # few training subjects, of another kind
 SUBJECTS = {'stroke': (200, 60), 'amyloid': (192, 100)}  # phantoms for training and validation, and of each test set
 TASKS = {'stroke': 'ctp2dwi', 'amyloid': 'mri2pet'}
 
@@ -24,6 +25,8 @@ class Trial:
     infer: str = ''                                 # words for infer.py
     seeds: tuple = (0,)
     sets: tuple = ('test',)                         # of SETS or FEW, or 'validation': that of the training phantoms
+    few: bool = False                               # trained on the few of another kind, not on the usual subjects
+    pretrained: str = ''                            # the trial whose weights its networks begin with
     subjects: int = 0                               # the first so many training subjects; 0: all; or more (study.data)
     intervals: bool = False                         # fitted on validation, judged on the sets
 
@@ -194,6 +197,15 @@ TRIALS = [
     Trial('stroke/anew_one_width', 'the same, not mirrored: one width for all voxels', (), 'stroke/anew_plain',
           '--stage regression --mirror False', (0, 1), BOTH, intervals=True),
     Trial('stroke/monai', "MONAI's latent diffusion by its tutorial, 50 DDIM steps, equal time", (MONAI,), sets=BOTH),
+
+    # Few subjects of another kind: what do phantoms teach that 30 patients cannot?
+    Trial('stroke/phantoms', 'regression U-Net of ours, 144 subjects of the usual kind', (REGRESSION,),
+          infer='--stage regression', sets=('shifted',)),
+    Trial('stroke/few', 'the same, 30 subjects of the kind of the set', (f'{REGRESSION} --eval_every 250',),
+          infer='--stage regression', sets=('shifted',), few=True),
+    Trial('stroke/few_pretrained', 'trained on the 144, then for 1000 steps on the 30',
+          (f'{REGRESSION} --regression_steps 1000 --eval_every 250',), infer='--stage regression', sets=('shifted',),
+          few=True, pretrained='stroke/phantoms'),
 
     # Ours before the lesion head and at twice the regression's rate, and what was varied then.
     Trial('stroke/earlier', 'ours before the lesion head', EARLIER, seeds=THREE, sets=MORE),

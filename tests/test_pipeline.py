@@ -573,6 +573,49 @@ def test_networks_that_see_other_arrays_are_not_put_together(trained, capsys):
     assert Path('result/other/test_unet.csv').exists() and not Path('result/other/test_regression.csv').exists()
 
 
+def test_stages_begin_with_the_weights_of_another_experiment(trained, monkeypatch, capsys):
+    """--pretrained: the first validation is that of the network it begins with, and nothing of it comes again later."""
+    task, settings, folder = trained
+    words = (*settings['words'], '--exp', 'mine', '--pretrained', settings['exp'])
+    few = Path('few_info')
+    shutil.copytree('data/data_info', few)
+    Path(few, 'train.txt').write_text('\n'.join(ids('train')[:4]) + '\n')
+    stages = ([('train_aae', 'aae'), *[(f'train_unet --{on}regression {value}', name) for on, value, name in
+                                       (('', 'False', 'unet'), ('', 'True', 'regression'))]])
+    for command, stage_name in stages:
+        script, *more = command.split()
+        made_runs.call(script, *words, *more, '--data_info', str(few), f'--{stage_name}_steps', '2')
+        assert f'starts from result/{settings["exp"]}/CHECKPOINT_' in capsys.readouterr().out
+        last = torch.load(folder / f'last_{stage_name}.pth.tar', weights_only=True)['state']
+        first = table(Path('result/mine') / f'validation_{stage_name}.csv')[0]
+        for name, value in last['best_row'].items():
+            if stage_name != 'unet' and first[name]:  # the U-Net's latents are those of another autoencoder by then
+                # The label head's prior is that of the new subjects.
+                near = 0.01 if (task, stage_name) == ('mri2pet', 'regression') else 1e-4
+                assert float(first[name]) == pytest.approx(value, rel=near, abs=1e-5), (stage_name, name)
+    # Where the autoencoder stays, so does the U-Net's first validation.
+    made_runs.call('train_unet', *words[:-3], 'same', *words[-2:], '--init_from', settings['exp'], '--unet_steps', '1')
+    best = torch.load(folder / 'last_unet.pth.tar', weights_only=True)['state']['best_row']['psnr']
+    assert float(table(Path('result/same/validation_unet.csv'))[0]['psnr']) == pytest.approx(best, rel=1e-4)
+    # A run that goes on needs the other experiment no more, but will not change it.
+    moved = folder.rename(folder.with_name('moved'))
+    try:
+        made_runs.call('train_aae', *words, '--data_info', str(few), '--aae_steps', '3')
+        assert 'resuming' in capsys.readouterr().out
+        with pytest.raises(utils.RunError, match='does not exist'):
+            made_runs.call('train_aae', *words, '--data_info', str(few), '--restart')
+    finally:
+        moved.rename(folder)
+    with pytest.raises(utils.RunError, match="pretrained = .*, now it is None"):
+        made_runs.call('train_unet', *words[:-2], '--data_info', str(few), '--unet_steps', '3')
+    with pytest.raises(utils.RunError, match='another shape'):
+        made_runs.call('train_unet', *words, '--exp', 'wide', '--regression', 'True', '--regression_channels', '(8, 8)')
+    if task == 'ctp2dwi':
+        with pytest.raises(utils.RunError, match='makes dwi, adc, the settings ask for adc, dwi'):
+            made_runs.call('train_aae', *words, '--exp', 'turned', '--targets', str(
+                {name: f'{{root}}/{{id}}/{name}.nii.gz' for name in ('adc', 'dwi')}))
+
+
 def test_stage_3_of_another_unet_is_refused(trained):
     task, settings, folder = trained
     shutil.copytree(folder, 'result/changed', ignore=shutil.ignore_patterns('pred', 'old_*', 'fig', 'last_*'))
