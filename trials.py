@@ -170,7 +170,7 @@ TRIALS = [
           '--stage unet --mirror False'),
     Trial('stroke/latent_regression', 'regression of the latent: stage 2 at t = T-1 only, 2000 steps',
           (f'{OLD_UNET} --last_step_share 1 --unet_steps 2000',), 'stroke/untrimmed', '--stage unet'),
-    Trial('stroke/lapt', "LAPT's recipe at the demo's size, 50 DDIM steps, equal time",
+    Trial('stroke/lapt', "LAPT's recipe at the demo's size, 50 DDIM steps",
           (f'{AAE} {LAPT} {PAPER_DDIM} --aae_steps 300', f'{UNET} {LAPT} {PAPER_DDIM} --unet_steps 1200',
            f'{POST} {LAPT_LOSS} {PAPER_DDIM} --lambda_t linear --flip False --shift 0 --post_last_step_share 0 '
            '--tune_decoder False --detail_branch False --optimizer adam --post_steps 300 --post_lr 1e-4'), '',
@@ -196,16 +196,19 @@ TRIALS = [
           intervals=True),
     Trial('stroke/anew_one_width', 'the same, not mirrored: one width for all voxels', (), 'stroke/anew_plain',
           '--stage regression --mirror False', (0, 1), BOTH, intervals=True),
-    Trial('stroke/monai', "MONAI's latent diffusion by its tutorial, 50 DDIM steps, equal time", (MONAI,), sets=BOTH),
+    Trial('stroke/monai', "MONAI's latent diffusion by its tutorial, 50 DDIM steps", (MONAI,), sets=BOTH),
 
     # Few subjects of another kind: what do phantoms teach that 30 patients cannot?
     Trial('stroke/phantoms', 'regression U-Net of ours, 144 subjects of the usual kind', (REGRESSION,),
-          infer='--stage regression', sets=('shifted',)),
+          infer='--stage regression', seeds=THREE, sets=('shifted',)),
     Trial('stroke/few', 'the same, 30 subjects of the kind of the set', (f'{REGRESSION} --eval_every 250',),
-          infer='--stage regression', sets=('shifted',), few=True),
-    Trial('stroke/few_pretrained', 'trained on the 144, then for 1000 steps on the 30',
-          (f'{REGRESSION} --regression_steps 1000 --eval_every 250',), infer='--stage regression', sets=('shifted',),
-          few=True, pretrained='stroke/phantoms'),
+          infer='--stage regression', seeds=THREE, sets=('shifted',), few=True),
+    Trial('stroke/few_pretrained', 'trained on the 144, then for 300 steps at 3e-5 on the 30',
+          (f'{REGRESSION} --regression_steps 300 --regression_lr 3e-5 --eval_every 100',), infer='--stage regression',
+          seeds=THREE, sets=('shifted',), few=True, pretrained='stroke/phantoms'),
+    Trial('stroke/few_pretrained_lr_high', 'the same, 1000 steps at 5e-4',
+          (f'{REGRESSION} --regression_steps 1000 --eval_every 250',), infer='--stage regression',
+          sets=('shifted',), few=True, pretrained='stroke/phantoms'),
 
     # Ours before the lesion head and at twice the regression's rate, and what was varied then.
     Trial('stroke/earlier', 'ours before the lesion head', EARLIER, seeds=THREE, sets=MORE),
@@ -263,7 +266,7 @@ TRIALS = [
           (f'{REGRESSION} --regression_steps 930 --label_head False',), infer='--stage regression', seeds=THREE,
           sets=BOTH, intervals=True),
     Trial('amyloid/label_given', 'the true label given at inference', (), 'amyloid/ours', '--label true'),
-    Trial('amyloid/il_cldm', "IL-CLDM's recipe at the demo's size, 50 DDIM steps, equal time",
+    Trial('amyloid/il_cldm', "IL-CLDM's recipe at the demo's size, 50 DDIM steps",
           (f'{AAE} {ILCLDM} {PAPER_DDIM}', f'{UNET} {ILCLDM} {PAPER_DDIM} --unet_steps 1150'), '', PAPER_DDIM),
 
     # The same with all regressions at a rate of 1e-3.
@@ -274,7 +277,7 @@ TRIALS = [
           '--stage regression', THREE, BOTH),
     Trial('amyloid/lr_high_label_given', 'the true label given at inference', (), 'amyloid/lr_high', '--label true',
           THREE),
-    Trial('amyloid/regression_lr_high', 'regression U-Net on the image grid, at 1e-3, equal time',
+    Trial('amyloid/regression_lr_high', 'regression U-Net on the image grid, at 1e-3',
           (f'{REGRESSION} --regression_steps 1300 --label_head False --regression_lr 1e-3',), 'amyloid/lr_high',
           '--stage regression', THREE, MORE),
 

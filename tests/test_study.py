@@ -1,6 +1,7 @@
 """study.py: its trials are ones the scripts take, and its tables say what the figures of the subjects say."""
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -20,9 +21,9 @@ def test_trials_have_names_of_their_own_and_begin_from_known_ones():
     for trial in trials.TRIALS:
         assert trial.task in trials.TASKS and trial.about
         assert set(trial.sets) <= {*trials.SETS, *trials.FEW, 'validation'}
-        if trial.start:  # done before, with the same seeds
-            assert order.index(trial.start) < order.index(trial.name)
-            assert set(trial.seeds) <= set(trials.BY_NAME[trial.start].seeds)
+        for first in filter(None, (trial.start, trial.pretrained)):  # done before, with the same seeds
+            assert order.index(first) < order.index(trial.name)
+            assert set(trial.seeds) <= set(trials.BY_NAME[first].seeds)
     for _, reference, others, groups in tables.TABLES:
         assert {reference, *others} <= set(order)
         assert {trials.FEW.get(group, (group,))[0] for group in groups} <= set(trials.BY_NAME[reference].sets)
@@ -177,6 +178,29 @@ def test_a_trial_on_more_subjects_keeps_validation_and_test_lists(tmp_path, monk
     lists = {name: (many / f'{name}.txt').read_text().split() for name in ('train', 'validation', 'test')}
     assert lists['validation'] == ['sub-0002'] and lists['test'] == ['sub-0004'] and len(lists['train']) == 201
     assert sorted(sum(lists.values(), [])) == [f'sub-{i:04d}' for i in range(1, 204)]
+
+
+def test_the_few_are_of_another_kind_and_begin_with_the_weights_of_the_many(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    monkeypatch.setattr(study, 'script', lambda *words: calls.append(words) or 0.0)
+    monkeypatch.setattr(study, 'keep', lambda table, path: path.write_text('ID\n'))
+    monkeypatch.setattr(study.pd, 'read_csv', lambda path: None)
+    Path('result').mkdir()
+    Path('docs/study').mkdir(parents=True)
+    trial = trials.BY_NAME['stroke/few_pretrained']
+    study.work([trial], [0])
+    assert not calls  # it waits for the many
+    trials.BY_NAME['stroke/phantoms'].file(0, 'shifted').write_text('ID\n')
+    study.work([trial], [0])
+    made, trained, tested, translated = calls
+    assert made[0] == tested[0] == 'phantom.py' and translated[0] == 'infer.py'
+    assert made[made.index('--out') + 1:] == ('data/study_stroke_few', '--subjects', '60', '--seed', '11', '--kind',
+                                              'shifted', '--split', '0.5,0.4,0.1')
+    words = dict(zip(trained[1:-1], trained[2:], strict=True))
+    assert trained[0] == 'train_unet.py' and words['--data_root'] == 'data/study_stroke_few'
+    assert words['--pretrained'] == 'study_stroke_phantoms_0' and words['--exp'] == 'study_stroke_few_pretrained_0'
+    assert 'data/study_stroke_shifted' in translated and study.is_done(trial, 0)
 
 
 def test_a_trial_is_done_once_all_its_sets_are(figures):
