@@ -47,6 +47,17 @@ def lesion_inside(path, lesion, mask, share, mask_path):
                         f'lesion or the mask.')
 
 
+def gap(path, brain, context):
+    """DataError for slices without brain (N, bool) between others: training would put those around them side by side.
+
+    None where there are none, or where the networks see single slices.
+    """
+    places = np.flatnonzero(brain)
+    empty = places[-1] - places[0] + 1 - len(places) if context and len(places) else 0
+    said = f'{path} is empty in {empty} slices between others; fill them, or set context = 0.'
+    return DataError(said) if empty else None
+
+
 def covers(volume, inside, own, mask, mask_path):
     """DataError if a volume's field of view holds less than 80 % of the mask, which lies on the grid of `own`."""
     voxel = [abs(np.linalg.det(one.affine[:3, :3])) for one in (volume, own)]

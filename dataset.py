@@ -19,6 +19,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
@@ -49,12 +50,12 @@ class Cohort(torch.utils.data.Dataset):
     a hash of the files' sizes and times and of the settings, so that a change builds it anew. A sample is read from its
     place in the file, straight into the batch, rather than through np.memmap: mapped pages count as this process's
     memory, which would then grow with the cohort. With spec.context the slices beside it come with its source, as in
-    Subject.stacked (slices with brain are taken to follow each other without a gap).
+    Subject.stacked (slices with brain follow each other without a gap, else DataError).
     """
 
     def __init__(self, spec, ids, labels=None):
         root, cache = (os.path.realpath(os.path.expanduser(path)) for path in (spec.root, spec.cache_dir))
-        if os.path.commonpath([root, cache]) == root:
+        if Path(cache).is_relative_to(root):
             raise DataError(f'cache_dir {spec.cache_dir} lies inside data_root {spec.root}; set cache_dir to a folder '
                             f'outside it.')
         if not ids:
@@ -228,6 +229,8 @@ def _build(spec, id, cache):
     subject = load_subject(spec, id)
     lesion = subject.lesion if subject.lesion is not None else np.zeros_like(subject.mask)
     brain = subject.mask.any(axis=tuple(range(1, subject.mask.ndim)))
+    if gap := check.gap(spec.path('mask', id) if spec.mask else f"{spec.path('source', id)} > 0", brain, spec.context):
+        raise DataError(f'{id}: {gap}')
     parts = (subject.source, subject.target, subject.mask, lesion)
     samples = np.concatenate(parts, axis=1)[brain]
     beside = f'{path}.{uuid.uuid4().hex}.tmp'
@@ -352,12 +355,5 @@ def main(cfg):
 
 if __name__ == '__main__':
     import config
-    try:
-        code = main(config.load(__doc__, extra=FLAGS))
-    except OSError as error:
-        sys.exit(f'Error: {error.filename}: {error.strerror}.')
-    except Exception as error:
-        if not getattr(error, 'one_sentence', False):
-            raise
-        sys.exit(f'Error: {error}')
-    sys.exit(code)
+    from utils import cli
+    cli(lambda: sys.exit(main(config.load(__doc__, extra=FLAGS))))

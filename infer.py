@@ -58,7 +58,7 @@ from outputs import (
     write_prediction,
     write_record,
 )
-from stage import lock
+from stage import lock, subject_keys
 from translate import (
     Model,
     Sampling,
@@ -112,6 +112,10 @@ def infer_split(cfg, run, model, spec, folder):
         label = None if cfg.label == 'unknown' else labels.get(subject.id) if cfg.label == 'true' else int(cfg.label)
         return translate(run, model, subject.stacked, subject.id, how.at(subject), label, subject.mask)
 
+    trained_on = [id for id in ids if subject_keys(cfg.data_root, [id]) <= model.trained_on]
+    if trained_on and cfg.split != 'train' and run.main:
+        print(f'{len(trained_on)} of these {len(ids)} subjects were trained on ({", ".join(trained_on[:5])}'
+              f'{" .." * (len(trained_on) > 5)}): their figures say nothing of new subjects')
     known = run.gather([known_intervals(cfg, model, record)] if run.main else [])[0]
     if run.main:
         held = lock(folder, '.lock_infer')  # noqa: F841 (until it is out of scope; training may go on meanwhile)

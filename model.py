@@ -129,7 +129,7 @@ def latent_grid(image_size):
 
 
 class Discriminator(nn.Module):
-    """Patch discriminator: image (B, K, *S) -> one realness score for each patch (B, 1, *S/4)."""
+    """Patch discriminator: image (B, K, *S) -> one realness score for each patch (B, 1, *S/4; with two widths)."""
 
     def __init__(self, spatial_dims, image_channels, widths=(32, 64)):
         super().__init__()

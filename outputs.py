@@ -21,6 +21,7 @@ import quality
 import utils
 import volume
 from evaluate import lesion_map, rule_map, std_maps
+from experiment import read_table
 from model import fingerprint
 from translate import checkpoint_path, found_stage
 
@@ -277,12 +278,10 @@ def _figures_of(cfg, exp, file):
     if rule != cfg.lesion_rule:
         raise utils.RunError(f'{path} was made with lesion_rule = {rule}, now it is {cfg.lesion_rule}; set it, or run '
                              f'python infer.py --exp {exp} again')
-    try:
-        table = pd.read_csv(path, dtype={'ID': str}, keep_default_na=False, na_values=['', 'nan'])
-        table['ID']
-    except (ValueError, KeyError) as err:
-        raise utils.RunError(f'{path} cannot be read as a table of subjects ({err}); run python infer.py --exp '
-                             f'{exp} again') from None
+    again = f'run python infer.py --exp {exp} again'
+    table = read_table(path, ['ID'], again)
+    if table is None:
+        raise utils.RunError(f'{path} holds no subject; {again}')
     return table
 
 

@@ -142,6 +142,7 @@ def main():
     # Whatever is trained here sits in one module list; the encoder and the latents' mean and std stay as they are.
     utils.seed_everything(cfg.seed, 'post weights')
     as_regression = cfg.detail_branch and make_detail_branch(cfg, run, model, spec, cohort)
+    stage.builds_on(train_ids, validation_ids, model.trained_on)
     trained = torch.nn.ModuleDict({'unet': model.unet})
     if cfg.tune_decoder:
         trained['decoder'] = model.aae.decoder.requires_grad_(True)
@@ -156,10 +157,10 @@ def main():
     scale = dict(detail=cfg.detail_lr_scale) if as_regression else {}
     opt = optim.make(cfg.optimizer, [(net, scale.get(name, 1)) for name, net in trained.items()], run.precision)
     parts = ', '.join(f'{name} ({count_parameters(net):,})' for name, net in trained.items())
-    stage.describe(f'training {parts}, {len(cohort)} samples')
     if not stage.resume(cfg.post_steps, TERMS, metrics.QUICK, len(cohort),
                         trained=trained, opt=opt, ema=ema, scaler=run.scaler):
         return
+    stage.describe(f'training {parts}, {len(cohort)} samples')
     if cfg.detail_branch and stage.step == 0:
         stage.log(f"the detail branch starts {'as the regression U-Net' if as_regression else 'at zero'}")
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
@@ -231,6 +232,7 @@ def make_detail_branch(cfg, run, model, spec, cohort):
     if (regression and not differing(regression.prep, spec.travel())
             and all(regression.regression.args[name] == model.detail.args[name] for name in same)):
         model.detail.start_from(regression.regression)
+        model.trained_on |= regression.trained_on
         return True
     some = run.to_device(cohort.some())
     model.detail.whiten.start_from(some['source'], some['mask'])

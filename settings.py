@@ -139,6 +139,10 @@ def validate(cfg, defaults):
                 or not all(type(x) in (int, float) for x in rule[1:]) or not rule[1] < rule[2]):
             raise SettingError(f"scaling of '{name}' is {rule!r}, must be ('range', lo, hi), ('median', lo, hi) "
                                "or ('quantile', a, b)")
+    taken = [name for name in cfg.targets if name in ('source', 'mask', 'lesion', 'lesion_probability', 'lesion_rule')
+             or name.endswith(('_std', '_half_90')) or not re.fullmatch(r'[\w.-]+', name)]
+    if taken:
+        raise SettingError(f"targets has '{taken[0]}', the name of another image or no plain one; choose another")
     if not cfg.targets:
         raise SettingError('targets is empty: name at least one target image')
     if cfg.predict == 'eps' and cfg.sampler == 'one_step':

@@ -27,7 +27,7 @@ def _other_suffix(path):
 
 
 def _root(root):
-    return os.path.normpath(os.path.expanduser(str(root)))
+    return os.path.normpath(os.path.expanduser(str(root))).replace(os.sep, '/')
 
 
 def _fill(template, root, id):
@@ -74,7 +74,7 @@ def find_ids(template, root):
             expression += {'*': '[^/]*', '{root}': re.escape(_root(root))}.get(part, re.escape(part))
     expression += r'(\.nii(\.gz)?)?' if re.search(r'\.nii(\.gz)?$', template) else ''
     files = [file for p in (pattern, _other_suffix(pattern)) if p for file in glob.glob(p)]
-    found = (re.fullmatch(expression, file) for file in files)
+    found = (re.fullmatch(expression, file.replace(os.sep, '/')) for file in files)
     return sorted({match['id'] for match in found if match})
 
 
@@ -152,7 +152,7 @@ def read_lists(data_info):
                 faults.append((id, f"{os.path.join(data_info, 'data_info.csv')} names patients, but has no row for it; "
                                    f'add one.'))
             patient = table.get(id, {}).get('patient') or id
-            other = visits.setdefault(patient, (id, split))
+            other = visits.setdefault(patient.casefold(), (id, split))
             if other[1] != split:
                 there = os.path.join(data_info, f'{other[1]}.txt')
                 faults.append((id, f'{path} names it, and {there} names {other[0]}, of the same patient {patient}; put '
@@ -263,7 +263,7 @@ def _visits(ids, data_info, seed, least):
         raise DataError(f"{os.path.join(data_info, 'data_info.csv')} names patients, but has no row for {without[0]} "
                         f'({len(without)} subjects in all); add them.')
     for id in sorted(ids):
-        visits.setdefault(table.get(id, {}).get('patient') or id, []).append(id)
+        visits.setdefault((table.get(id, {}).get('patient') or id).casefold(), []).append(id)
     if len(visits) < least:
         raise DataError(f'{"three lists" if least == 3 else f"{least} folds"} need at least {least} patients, but the '
                         f'templates found {len(visits)} ({len(ids)} subjects); correct data_root or the templates in '

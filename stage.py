@@ -6,6 +6,7 @@ The training scripts keep their loops to themselves; `Stage` is what those loops
 
 import contextlib
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -32,6 +33,7 @@ MEANING = dict(lists='lists (fingerprint of train.txt and validation.txt)', aae=
 # What a last_ file means that does not say it.
 OLDER = dict(trim=False, source_noise=0.0, lesion_core=0.7, pretrained=None)
 RENAMED = dict(regression_w_lesion='w_lesion')  # where an older one says it
+AFTER = dict(aae=('unet', 'post'), unet=('post',))  # the stages that need just this checkpoint of a stage
 DATA = 'resample', 'mask', 'lesion'             # which older ones do not say: taken to be as now
 
 
@@ -100,6 +102,12 @@ def git_state():
         return 'git is not installed'
 
 
+def subject_keys(root, ids):
+    """Whom a network was trained on, as its checkpoints say it: a set of hashes of folder and ID, no names."""
+    folder = Path(root).expanduser().resolve()
+    return {hashlib.sha256(f'{folder}/{id}'.encode()).hexdigest()[:16] for id in ids}
+
+
 def needs_lesion(spec, wanted, what, off):
     """RunError if `what` needs lesion masks, is wanted and has no template for them; off: words that do without."""
     if wanted and spec.lesion is None:
@@ -123,14 +131,14 @@ class Stage:
         self.batch = cfg.batch_size * run.world  # the effective batch: samples a step over all processes
         self.state = dict(step=0, samples=0, seconds=0.0, evaluated=-1, best=None, best_step=-1, best_row={}, base={})
         self.last = self.folder / f'last_{name}.pth.tar'
-        self.pretrained = None  # the checkpoint that the networks begin with; a run that goes on has no need of it
-        if cfg.pretrained and name != 'post' and (cfg.restart or not self.last.exists()):
-            self.pretrained = Path('result') / cfg.pretrained / f'{BEST[name]}.pth.tar'
-            load_checkpoint(self.pretrained, name)  # before --restart moves anything
+        self.pretrained, self.trained_on = None, set()
+        if cfg.pretrained and name != 'post' and (cfg.restart or not self.last.exists()):  # else it goes on
+            path = Path('result') / cfg.pretrained / f'{BEST[name]}.pth.tar'
+            self.pretrained = path, load_checkpoint(path, name)  # before --restart moves anything
         if run.main:
             self.lock = lock(self.folder)
-            for name in ('*.pth.tar', 'loss_curve_*', 'validation_*', 'config.json', 'git.txt'):
-                for half in self.folder.glob(f'{name}.*.tmp'):  # what a killed run left half-written
+            for pattern in ('*.pth.tar', 'loss_curve_*', 'validation_*', 'config.json', 'git.txt'):
+                for half in self.folder.glob(f'{pattern}.*.tmp'):  # what a killed run left half-written
                     half.unlink()
             if cfg.restart:
                 self._set_aside()
@@ -171,6 +179,14 @@ class Stage:
         for line in [command, *self.cfg.changes(), f'device {self.run.describe()}', f'{text}, {batch}']:
             self.log(line)
 
+    def builds_on(self, train_ids, validation_ids, *earlier):
+        """Note whom this stage is trained on, and the stages before it (subject_keys of each)."""
+        root, earlier = self.cfg.data_root, set().union(*earlier)
+        self.trained_on |= subject_keys(root, train_ids) | earlier
+        if seen := subject_keys(root, validation_ids) & earlier:
+            self.log(f'{len(seen)} of the {len(validation_ids)} validation subjects were trained on in an earlier '
+                     'stage, whose images of them are too good: what is chosen by them fits new subjects less')
+
     def start_from_pretrained(self, net, prep):
         """With cfg.pretrained: give net the weights of that experiment's network of this stage. False if not.
 
@@ -178,13 +194,14 @@ class Stage:
         """
         if not self.pretrained:
             return False
-        path, data = self.pretrained, load_checkpoint(self.pretrained, self.name)
+        (path, data), self.pretrained = self.pretrained, None
         with reading(path, 'train it again'):
             load_weights(net, data['net'], path)
             theirs = {name: data['prep'].get(name) for name in prep}
         if theirs['target_names'] != prep['target_names']:
             raise RunError(f"{path} makes {', '.join(theirs['target_names'])}, the settings ask for "
                            f"{', '.join(prep['target_names'])}; the targets of both must be the same, in this order")
+        self.trained_on |= set(data.get('trained_on', ()))
         others = [name for name in ('spacing', 'frame_spacing', 'scaling') if theirs[name] != prep[name]]
         told = f'; {", ".join(others)} differ, to which the network has to adapt' if others else ''
         self.log(f'starts from {path} (step {data["step"]}){told}')
@@ -212,6 +229,7 @@ class Stage:
                                f'evaluated there; set {self.name}_steps to {self.step} or more, or begin anew with '
                                '--restart')
             self.log(f'resuming stage {self.name} at step {self.step} of {steps}')
+            self._keep_for_later_stages()
         if self.run.main:
             fields, metric_fields = ['step', 'epoch', 'lr', *terms, 'seconds'], ['step', *metrics]
             evaluated = self.state['evaluated']
@@ -221,6 +239,15 @@ class Stage:
         self.bar = tqdm(total=steps, initial=self.step, desc=self.name, unit='step', disable=not self.run.main,
                         mininterval=0.5 if sys.stderr.isatty() else 15)
         return True
+
+    def _keep_for_later_stages(self):
+        """A finished stage that goes on: those after it were trained on its checkpoint as it is; keep it aside."""
+        after = [BEST[name] for name in AFTER.get(self.name, ()) if (self.folder / f'{BEST[name]}.pth.tar').exists()]
+        if after and self.run.main and self.state['evaluated'] >= self.step:
+            aside = old_folder(self.folder)
+            shutil.copy2(self.folder / f'{BEST[self.name]}.pth.tar', aside)
+            self.log(f'{" and ".join(after)} belong to {BEST[self.name]} as it was, which is kept in {aside}: run the '
+                     'later stages anew with --restart, or put it back')
 
     def _load(self, data):
         """Take over the state, networks and optimisers of a last_ file, if it was trained with the same settings."""
@@ -239,6 +266,7 @@ class Stage:
             else:
                 part.load_state_dict(data['parts'][name])
         self.state = {key: data['state'][key] for key in self.state}
+        self.trained_on |= set(data.get('trained_on', ()))
         if processes != self.run.world:
             self.log(f'{processes} process{"es" * (processes > 1)} before, {self.run.world} now: effective batch '
                      f'{batch * processes} before, {self.batch} now; the learning rate stays as it is, the noise of '
@@ -315,7 +343,8 @@ class Stage:
     def save_best(self, **data):
         """Write the checkpoint for use: CHECKPOINT_*.pth.tar."""
         if self.run.main:
-            facts = dict(kind=self.name, step=self.step, validation=self.state['best_row'])
+            facts = dict(kind=self.name, step=self.step, validation=self.state['best_row'],
+                         trained_on=sorted(self.trained_on))
             save_checkpoint(self.folder / f'{BEST[self.name]}.pth.tar', data | facts)
 
     def save_if_due(self, step):
@@ -326,7 +355,7 @@ class Stage:
         if self.run.main:
             state = dict(self.state, seconds=self.elapsed())
             save_checkpoint(self.last, dict(kind=f'last_{self.name}', state=state, fixed=self.fixed,
-                                            processes=self.run.world,
+                                            processes=self.run.world, trained_on=sorted(self.trained_on),
                                             parts={k: p.state_dict() for k, p in self.parts.items()}))
 
     def close(self):

@@ -226,15 +226,13 @@ def load_subject(spec, id=None, files=None, with_truth=True, report=None):
             lesion &= masks['lesion']
         except DataError as error:
             fault(error)
-
-    limits = {}
+    limits, notes, times = {}, [], None
     for name in ('source', *targets):
         try:
             check.covers(volumes[name], masks[name], own, mask, mask_path)
             limits[name] = _limits(spec, name, volumes[name], masks[name], report)
         except DataError as error:
             fault(error)
-    notes, times = [], None
     try:
         times = check.times(spec, source, notes, report) if spec.frames else None
     except DataError as error:
@@ -250,6 +248,8 @@ def load_subject(spec, id=None, files=None, with_truth=True, report=None):
     working = grids.onto(mask[None].astype(np.float32), own.affine, affine, shape)[0] >= 0.5
     size = (*(spec.image_size or (None,) * spec.spatial_dims), None)[:3]
     extent = np.diff(grids.extent(working))[:, 0].tolist()
+    if report is not None and (gap := check.gap(mask_path, working.any(axis=(0, 1)), spec.context)):
+        fault(gap)
     if not working.any():
         fault(DataError(f'{mask_path} is empty on the working grid; check its affine, lower spacing = {spec.spacing}.'))
     elif any(n and n < m for n, m in zip(size, extent, strict=True)):

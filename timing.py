@@ -156,6 +156,12 @@ class TimedStage:
     def main_first(self):
         return nullcontext()
 
+    def builds_on(self, *whom):
+        pass
+
+    def start_from_pretrained(self, net, prep):
+        return False
+
     def describe(self, text):
         self.text = text
 

@@ -69,6 +69,7 @@ def main():
     spec = dataset.Spec.from_settings(cfg)
     train_ids, validation_ids = (dataset.read_split(cfg.data_info, split) for split in ('train', 'validation'))
     stage = Stage(run, cfg, 'aae', FIXED, lists=utils.seed_key(train_ids, validation_ids))
+    stage.builds_on(train_ids, validation_ids)
     with stage.main_first():
         cohort = dataset.Cohort(replace(spec, context=0), train_ids)  # the source is not used
 
@@ -78,14 +79,16 @@ def main():
     disc = run.place(Discriminator(cfg.spatial_dims, len(cfg.targets), cfg.disc_channels))
     if not stage.start_from_pretrained(aae, spec.travel()):
         aae.start_from_blocks(cohort.some()['target'].to(run.device))
+    aae.latent_mean.zero_()  # those of a pretrained one
+    aae.latent_std.fill_(1)
     run.same_start(aae, disc)
     opt, ema = optim.make(cfg.optimizer, [(aae, 1)], run.precision), utils.EMA(aae, cfg.ema)
     disc_opt = optim.make('adam', [(disc, 1)])
-    stage.describe(f'autoencoder {count_parameters(aae):,} parameters, discriminator {count_parameters(disc):,}, '
-                   f'{len(train_ids)} training subjects, {len(cohort)} samples')
     if not stage.resume(cfg.aae_steps, TERMS, metrics.QUICK, len(cohort),
                         aae=aae, disc=disc, opt=opt, disc_opt=disc_opt, ema=ema, scaler=run.scaler):
         return
+    stage.describe(f'autoencoder {count_parameters(aae):,} parameters, discriminator {count_parameters(disc):,}, '
+                   f'{len(train_ids)} training subjects, {len(cohort)} samples')
     mean_image = cohort.mean_image()
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
                              cfg.shift, pin=run.device.type == 'cuda')

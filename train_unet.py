@@ -42,6 +42,7 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
         raise utils.RunError(f'the autoencoder was trained with another {", ".join(other)} than the settings have; set '
                              'it back, or train one of its own with train_aae.py (another --exp, or --restart)')
     stage = Stage(run, cfg, 'unet', FIXED, lists=utils.seed_key(train_ids, validation_ids), aae=fingerprint(model.aae))
+    stage.builds_on(train_ids, validation_ids, aae.get('trained_on', ()))
     with stage.main_first():
         # The labels of other splits are never read.
         labels = dataset.read_labels(cfg.data_info, train_ids, spec.num_classes) if spec.num_classes else None
@@ -58,11 +59,11 @@ def train_diffusion(cfg, run, spec, train_ids, validation_ids):
         del some
     run.same_start(unet)
     opt, ema = optim.make(cfg.optimizer, [(unet, 1)], run.precision), utils.EMA(unet, cfg.ema)
-    stage.describe(f'U-Net {count_parameters(unet):,} parameters, {len(train_ids)} training subjects, '
-                   f'{len(cohort)} samples')
     if not stage.resume(cfg.unet_steps, ['loss', 'grad_norm'], metrics.QUICK, len(cohort),
                         unet=unet, opt=opt, ema=ema, scaler=run.scaler):
         return
+    stage.describe(f'U-Net {count_parameters(unet):,} parameters, {len(train_ids)} training subjects, '
+                   f'{len(cohort)} samples')
     qc = fit_quality(spec, cohort, validation_ids) if run.main else None
     batches = dataset.loader(cohort, cfg.batch_size, cfg.seed, stage.first_batch, run.rank, run.world, cfg.workers,
                              cfg.shift, pin=run.device.type == 'cuda')
@@ -114,6 +115,7 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
     needs_lesion(spec, cfg.lesion_head, 'a lesion head', '--lesion_head False')
     needs_lesion(spec, cfg.regression_w_lesion, 'a regression_w_lesion above 0', '--regression_w_lesion 0')
     stage = Stage(run, cfg, 'regression', FIXED_REGRESSION, lists=utils.seed_key(train_ids, validation_ids))
+    stage.builds_on(train_ids, validation_ids)
     with stage.main_first():
         # The labels of other splits are never read.
         labels = dataset.read_labels(cfg.data_info, train_ids, spec.num_classes) if spec.num_classes else None
@@ -131,11 +133,11 @@ def train_regression(cfg, run, spec, train_ids, validation_ids):
         net.prior.fit(cohort)
     run.same_start(net)
     opt, ema = optim.make(cfg.optimizer, [(net, 1)], run.precision), utils.EMA(net, cfg.ema)
-    stage.describe(f'regression U-Net {count_parameters(net):,} parameters, {len(cohort)} samples')
     terms = ['loss', 'image', 'lesion', 'head', 'grad_norm']
     if not stage.resume(cfg.regression_steps, terms, metrics.QUICK, len(cohort),
                         net=net, opt=opt, ema=ema, scaler=run.scaler):
         return
+    stage.describe(f'regression U-Net {count_parameters(net):,} parameters, {len(cohort)} samples')
     # With these its checkpoint is complete: infer.py --stage regression needs no other.
     more = dict(qc=fit_quality(spec, cohort, validation_ids),
                 mean_image=dataset.Cohort(replace(spec, context=0), train_ids).mean_image()) if run.main else {}

@@ -35,6 +35,7 @@ class Model:
     qc: dict = None          # what a good source looks like (quality.qc_fit)
     stage: str = 'aae'       # aae, unet, post or regression
     origin: str = ''         # which checkpoint, for people
+    trained_on: frozenset = frozenset()  # whom all of these networks were trained on (stage.subject_keys)
     latent_adds: bool = True  # whether the latent path adds anything to the detail branch's images (post_train.py)
 
     def decode(self, z_0, source, features, shares=None, **how):
@@ -69,9 +70,8 @@ class Model:
         return how.skip_latent and not self.latent_adds and not asked
 
     def eval(self):
-        for net in (self.aae, self.unet, self.detail, self.regression):
-            if net is not None:
-                net.eval()
+        for net in filter(None, (self.aae, self.unet, self.detail, self.regression)):
+            net.eval()
         return self
 
 
@@ -142,7 +142,7 @@ def load_aae(cfg, run):
         aae = AAE(**data['args'])
         utils.load_weights(aae, data['net'], path)
         model = Model(run.place(aae).eval().requires_grad_(False), prep=OLDER | data['prep'],
-                      mean_image=data['mean_image'])
+                      mean_image=data['mean_image'], trained_on=frozenset(data.get('trained_on', ())))
         model.origin = f"{utils.BEST['aae']} at step {data['step']}"
     return model, data
 
@@ -183,6 +183,7 @@ def _add_networks(cfg, run, model, stage, path, data):
             raise utils.RunError(f'{path} was trained from another U-Net than {before} holds now; run post_train.py '
                                  '--restart, or infer.py --stage unet')
     model.stage, model.qc = stage, data.get('qc')
+    model.trained_on |= frozenset(data.get('trained_on', ()))
     model.origin = f"{utils.BEST[stage]} (EMA weights) at step {data['step']}"
     model.prep, model.latent_adds = OLDER | data['prep'], data.get('latent_adds', True)
     if stage == 'regression':
@@ -234,6 +235,8 @@ def translate(run, model, source, key, how, label=None, mask=None):
     if len(images) > 1:
         variance.append(images[1:].var(0))
     targets = images.shape[2] - model.lesion_head  # not the probability
+    if not torch.isfinite(images).all():
+        raise utils.RunError(f'{key}: the prediction is not finite; use --precision fp32, or train anew')
     return images[0].numpy(), sum(v[:, :targets] for v in variance).sqrt().numpy() if variance else None
 
 

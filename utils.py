@@ -330,13 +330,17 @@ def load_checkpoint(path, kind):
         raise RunError(f'{path} is a folder, not a checkpoint; move it away')
     if not path.is_file():
         raise RunError(f'{path} does not exist; run python {maker.get(kind, "the stage before")} first '
-                       '(or set exp or init_from)')
+                       '(or set exp, init_from or pretrained)')
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():  # torch.load does not look at checksums
+                    raise zipfile.BadZipFile
         data = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError:
         raise RunError(f'{path} is refused: it is damaged or holds more than plain tensors and numbers, '
                        'and loading it could execute code') from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (RuntimeError, EOFError, OSError, ValueError, LookupError, zipfile.BadZipFile):
         raise RunError(f'{path} is truncated or not a checkpoint; delete it and run the stage that writes it '
                        'again') from None
     found = data.get('kind') if isinstance(data, dict) else None

@@ -39,20 +39,26 @@ class Volume:
         return self.array.shape[:3]
 
 
+def _kind(raw):
+    """nibabel's class for the first bytes of a NIfTI file, or None."""
+    return nib.Nifti1Image if raw[344:348] == b'n+1\0' else nib.Nifti2Image if raw[4:8] == b'n+2\0' else None
+
+
 def _open(path, header_only=False):
     """nibabel image of a file; looks at the bytes, not at the suffix, so that a wrong .gz does no harm."""
     if not str(path).endswith(('.nii', '.nii.gz')):
         return nib.load(path)  # .mgz, .img + .hdr and what else nibabel knows
     with open(path, 'rb') as file:
         raw = file.read(1 << 16 if header_only else -1)
+        if header_only and (kind := _kind(raw)):
+            file.seek(0)
+            return kind.from_stream(file)  # header extensions may be longer than what was read
     if raw[:2] == b'\x1f\x8b':
         raw = zlib.decompressobj(wbits=31).decompress(raw) if header_only else gzip.decompress(raw)
     if not raw:
         raise DataError(f'{path} is empty; copy it again.')
-    if raw[344:348] == b'n+1\0':
-        return nib.Nifti1Image.from_bytes(raw)
-    if raw[4:8] == b'n+2\0':
-        return nib.Nifti2Image.from_bytes(raw)
+    if kind := _kind(raw):
+        return kind.from_bytes(raw)
     hint = 'it is DICOM: convert it with dcm2niix' if raw[128:132] == b'DICM' else 'convert or copy it again'
     raise DataError(f'{path} is not NIfTI; {hint}.')
 
@@ -75,7 +81,8 @@ def read_volume(path):
         raise DataError(f'{path} is truncated or damaged ({_one_line(error)}); copy it again.') from error
     except nib.filebasedimages.ImageFileError as error:
         raise DataError(f'{path} is not NIfTI; convert or copy it again.') from error
-    except (nib.spatialimages.HeaderDataError, ValueError, OverflowError, MemoryError) as error:
+    except (nib.spatialimages.HeaderDataError, nib.wrapstruct.WrapStructError, ValueError, OverflowError,
+            MemoryError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f'{path} cannot be read ({_one_line(error)}); is its header damaged? Copy it again.') from error
@@ -87,7 +94,8 @@ def read_volume(path):
         bad = int((~np.isfinite(array)).sum())
         raise DataError(f'{path} has NaN or infinity in {bad} of {array.size} voxels; replace them, for instance by 0.')
     affine = np.asarray(img.affine, float)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    if (not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9
+            or None in nib.aff2axcodes(affine)):
         raise DataError(f'{path} has an unusable affine {affine[:3].tolist()}; restore its header.')
     return Volume(str(path), array.reshape(shape, order='A'), affine, _geometry(img), *_time_step(img.header))
 

@@ -72,6 +72,9 @@ def test_an_unknown_name_names_the_nearest():
 
 @pytest.mark.parametrize('words, says', [
     (('--batch_size', 'four'), "'batch_size' must be int"),
+    (('--targets', "{'dwi': '{id}', 'lesion': '{id}'}", '--scaling', str(dict.fromkeys(
+        ('source', 'dwi', 'lesion'), ('range', 0, 1))), '--unit_scale', "{'source': 1, 'dwi': 1, 'lesion': 1}"),
+     "targets has 'lesion', the name of another image"),
     (('--batch_size', '4.0'), "'batch_size' must be int"),
     (('--batch_size', '0'), 'above 0'),
     (('--batch_size', 'True'), "'batch_size' must be int"),

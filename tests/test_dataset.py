@@ -162,12 +162,22 @@ FAULTS = {
     ),
     'CTP x 10': (change('ctp', lambda a: a * 10), r"likely unit is 1e-1 HU: set unit_scale\['source'\] = 0.1"),
     'CTP in air': (change('ctp', lambda a: a - 1000), 'in-mask median of -9.* in HU.*mask reaches into air'),
+    'mask with a gap': (
+        lambda: [change(name, without_slice_2)() for name in ('mask', 'lesion')],
+        'mask.nii.gz is empty in 1 slices between others; fill them, or set context = 0',
+    ),
     'unusable affine': (damage('dwi', lambda data: zero_sform(data)), 'dwi.nii.gz has an unusable affine'),
     'mask too large': (
         lambda: None,
         r'mask.nii.gz spans \(\d+, \d+\) voxels of the working grid, more than image_size = \(8, 8\)',
     ),
 }
+
+
+def without_slice_2(array):
+    array = array.copy()
+    array[:, :, 2] = 0
+    return array
 
 
 def zero_sform(data):
@@ -333,6 +343,11 @@ LIST_FAULTS = {
                             dict(s01='0,a', s02='1,p', s03='0,b', s04='1,p')),
         's04: data/data_info/test.txt names it, and data/data_info/train.txt names s02, of the same patient p',
     ),
+    'patient in two lists, written otherwise': (
+        lambda: write_lists('data/data_info', ['s01', 's02'], ['s03'], ['s04'],
+                            dict(s01='0,a', s02='1,P1', s03='0,b', s04='1,p1')),
+        's04: data/data_info/test.txt names it, and data/data_info/train.txt names s02, of the same patient p1',
+    ),
     'empty split': (
         lambda: write_lists('data/data_info', ['s01', 's02'], [], ['s04'], LABELS),
         'validation.txt: data/data_info/validation.txt names no subject; write',
@@ -402,7 +417,7 @@ def test_command(repo):
     starts = [line for line in done.stdout.splitlines() if not line.startswith('  ')]
     assert len(starts) == 1 and starts[0].startswith('s03: data/s03/dwi.nii.gz is missing')
     done = subprocess.run([*words[:2], '--make_splits', '1,2'], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith('Error: --make_splits 1,2 must be')
+    assert done.returncode == 1 and done.stderr.startswith('--make_splits 1,2 must be')
     done = subprocess.run([*words, '--make_splits', '3-fold'], capture_output=True, text=True)
     assert done.returncode == 0 and '1 subjects in data/data_info_3/test.txt' in done.stdout, done.stderr
     assert 'left out s03' in done.stdout and 'need 9 validation subjects' in done.stdout

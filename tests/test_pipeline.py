@@ -616,6 +616,33 @@ def test_stages_begin_with_the_weights_of_another_experiment(trained, monkeypatc
                 {name: f'{{root}}/{{id}}/{name}.nii.gz' for name in ('adc', 'dwi')}))
 
 
+def test_subjects_that_were_trained_on_are_named_in_inference(trained, capsys):
+    task, settings, folder = trained
+    shutil.copytree('data/data_info', 'mixed')
+    seen, new = ids('train')[0], ids('test')[0]
+    Path('mixed/test.txt').write_text(f'{seen}\n{new}\n')
+    Path('mixed/train.txt').write_text('\n'.join(ids('train')[1:]) + '\n')
+    words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'mixed', '--only_model')
+    made_runs.call('infer', *words, '--data_info', 'mixed')
+    assert f'1 of these 2 subjects were trained on ({seen}): their figures say nothing' in capsys.readouterr().out
+    made_runs.call('infer', *words, '--exp', 'not_mixed')
+    assert 'were trained on' not in capsys.readouterr().out
+    made_runs.call('infer', *words, '--exp', 'not_mixed', '--split', 'train')  # asked for
+    assert 'were trained on' not in capsys.readouterr().out
+
+
+def test_an_image_that_is_not_finite_is_not_written(trained, monkeypatch, capsys):
+    task, settings, folder = trained
+    words = (*settings['words'], '--init_from', settings['exp'], '--exp', 'not_finite', '--only_model')
+    decide = translate.decide
+    monkeypatch.setattr(translate, 'decide', lambda *parts: decide(*parts) * float('nan'))
+    with pytest.raises((utils.RunError, SystemExit)):
+        made_runs.call('infer', *words)
+    said = capsys.readouterr()
+    assert 'the prediction is not finite; use --precision fp32' in said.out + said.err
+    assert not list(Path('result/not_finite').rglob('*.nii.gz'))
+
+
 def test_stage_3_of_another_unet_is_refused(trained):
     task, settings, folder = trained
     shutil.copytree(folder, 'result/changed', ignore=shutil.ignore_patterns('pred', 'old_*', 'fig', 'last_*'))

@@ -17,7 +17,7 @@ import config
 import optim
 import stage as room
 import utils
-from stage import CsvLog, Stage
+from stage import CsvLog, Stage, subject_keys
 from utils import RunError
 
 FOLDER = Path('result/exp_1')
@@ -37,7 +37,6 @@ class Loop:
         self.net = nn.Linear(1, 1)
         self.opt, self.ema = optim.make('adam', [(self.net, 1)]), utils.EMA(self.net, 0.9)
         self.stage = Stage(self.run, self.cfg, 'unet', ('task', 'seed', 'batch_size', 'lr', *fixed), lists=7)
-        self.stage.describe('a network of one number')
         try:
             self.train(steps, loss, before)
         finally:
@@ -47,6 +46,8 @@ class Loop:
         epoch = 3 * self.cfg.batch_size  # samples
         self.going = self.stage.resume(steps, ['loss', 'grad_norm'], METRICS, epoch, unet=self.net, opt=self.opt,
                                        ema=self.ema, scaler=self.run.scaler)
+        if self.going:
+            self.stage.describe('a network of one number')
         self.seen = []
         for step in range(self.stage.step, steps + 1) if self.going else ():
             if self.stage.must_evaluate(step):
@@ -175,6 +176,63 @@ def test_fewer_steps_than_were_made_are_refused_unless_they_were_evaluated():
     assert (FOLDER / 'last_unet.pth.tar').read_bytes() == before
     assert not Loop(steps=4).going                       # that many were made and evaluated
     assert Loop(steps=6).seen == [] and [r['step'] for r in rows('validation_unet.csv')] == ['0', '4', '6']
+
+
+def test_a_refused_run_leaves_the_settings_of_the_one_before():
+    Loop()
+    kept = (FOLDER / 'config.json').read_text()
+    with pytest.raises(RunError):
+        Loop('--lr', '0.5', steps=10)
+    assert (FOLDER / 'config.json').read_text() == kept
+
+
+def test_a_finished_stage_that_goes_on_keeps_what_later_stages_were_trained_on(capsys):
+    Loop()
+    best = (FOLDER / 'CHECKPOINT_Unet.pth.tar').read_bytes()
+    Loop(steps=10)
+    assert not list(FOLDER.glob('old_*'))
+    (FOLDER / 'CHECKPOINT_Unet_post.pth.tar').write_bytes(b'trained on it')
+    best = (FOLDER / 'CHECKPOINT_Unet.pth.tar').read_bytes()
+    capsys.readouterr()
+    Loop(steps=12)
+    assert 'CHECKPOINT_Unet_post belong to CHECKPOINT_Unet as it was, which is kept in result/exp_1/old_1' in (
+        capsys.readouterr().out)
+    assert (FOLDER / 'old_1/CHECKPOINT_Unet.pth.tar').read_bytes() == best
+
+
+def test_a_checkpoint_knows_whom_it_was_trained_on_without_names():
+    class Trained(Loop):
+        def train(self, *args):
+            self.stage.builds_on(['sub-1', 'sub-2'], ['sub-3'], *([subject_keys('other', ['sub-9'])] if first else []))
+            super().train(*args)
+
+    first = True
+    Trained()
+    data = utils.load_checkpoint(FOLDER / 'CHECKPOINT_Unet.pth.tar', 'unet')
+    root = settings().data_root
+    assert set(data['trained_on']) == subject_keys(root, ['sub-1', 'sub-2']) | subject_keys('other', ['sub-9'])
+    assert not any('sub' in key for key in data['trained_on'])
+    first = False
+    Trained(steps=12)  # goes on: what it was trained on before still counts
+    again = utils.load_checkpoint(FOLDER / 'last_unet.pth.tar', 'last_unet')
+    assert again['trained_on'] == data['trained_on']
+    with Path(FOLDER / 'log.txt').open() as f:
+        assert 'validation subjects were trained on' not in f.read()
+    one = Stage(utils.Run('cpu', 'fp32'), settings('--exp', 'other'), 'unet', ())
+    one.builds_on(['sub-1'], ['sub-2', 'sub-3'], data['trained_on'])
+    assert '1 of the 2 validation subjects were trained on' in Path('result/other/log.txt').read_text()
+    one.lock.close()
+
+
+def test_a_stage_may_begin_anew_with_its_own_weights():
+    Loop()
+    best = utils.load_checkpoint(FOLDER / 'CHECKPOINT_Unet.pth.tar', 'unet')
+    stage = Stage(utils.Run('cpu', 'fp32'), config.load('', argv=['--pretrained', 'exp_1', '--restart'],
+                                                        extra={'restart': (False, '')}), 'unet', ())
+    net = nn.Linear(1, 1)
+    (path, data), _ = stage.pretrained, stage.lock.close()
+    assert path == FOLDER / 'CHECKPOINT_Unet.pth.tar' and not path.exists() and data['step'] == best['step']
+    utils.load_weights(net, data['net'], path)
 
 
 @pytest.mark.parametrize('words, old, new', [(('--batch_size', '5'), str(config.batch_size), '5'),

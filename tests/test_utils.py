@@ -146,7 +146,10 @@ def test_a_checkpoint_that_is_not_one():
     utils.save_checkpoint('whole.pth.tar', dict(kind='aae', step=3, net=dict(w=torch.arange(9000.0))))
     assert torch.equal(utils.load_checkpoint('whole.pth.tar', 'aae')['net']['w'], torch.arange(9000.0))
     whole = Path('whole.pth.tar').read_bytes()
-    cases = {'truncated': whole[:len(whole) // 2], 'short': whole[:10], 'empty': b'', 'text': b'no checkpoint\n' * 99}
+    flipped = bytearray(whole)
+    flipped[whole.index(torch.arange(9000.0).numpy().tobytes()) + 20000] ^= 64  # one bit of one weight
+    cases = {'flipped': bytes(flipped), 'truncated': whole[:len(whole) // 2], 'short': whole[:10], 'empty': b'',
+             'text': b'no checkpoint\n' * 99}
     for name, content in cases.items():
         Path(name).write_bytes(content)
         with pytest.raises(RunError) as caught:
