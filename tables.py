@@ -47,7 +47,7 @@ TABLES = [  # title, the first line, the others, sets
      ['stroke/head_long_odds_1', 'stroke/head_long_many', 'stroke/head_long_many_odds_1', 'stroke/weighted_long_many',
       'stroke/plain_long_many'], BOTH),
     ('Thirty subjects of another kind', 'stroke/few_pretrained',
-     ['stroke/few', 'stroke/phantoms', 'stroke/few_pretrained_lr_high'], ('shifted',)),
+     ['stroke/few_pretrained_core_5', 'stroke/few', 'stroke/phantoms', 'stroke/few_pretrained_lr_high'], ('shifted',)),
     ('How much to believe in a lesion', 'stroke/sure',
      ['stroke/sure_odds_1', 'stroke/sure_odds_2', 'stroke/sure_odds_12', 'stroke/anew', 'stroke/anew_plain'], BOTH),
     ('How much to believe in a lesion, lesion_core 0.7', 'stroke/ours',

@@ -206,7 +206,9 @@ TRIALS = [
     Trial('stroke/few_pretrained', 'trained on the 144, then for 300 steps at 3e-5 on the 30',
           (f'{REGRESSION} --regression_steps 300 --regression_lr 3e-5 --eval_every 100',), infer='--stage regression',
           seeds=THREE, sets=('shifted',), few=True, pretrained='stroke/phantoms'),
-    Trial('stroke/few_pretrained_lr_high', 'the same, 1000 steps at 5e-4',
+    Trial('stroke/few_pretrained_core_5', 'the same networks, lesion_core 0.5', (), 'stroke/few_pretrained',
+          '--stage regression --lesion_core 0.5', THREE, ('shifted',)),
+    Trial('stroke/few_pretrained_lr_high', 'trained on the 144, then for 1000 steps at 5e-4 on the 30',
           (f'{REGRESSION} --regression_steps 1000 --eval_every 250',), infer='--stage regression',
           sets=('shifted',), few=True, pretrained='stroke/phantoms'),
 
