@@ -77,10 +77,11 @@ def main():
     aae = run.place(AAE(cfg.spatial_dims, len(cfg.targets), cfg.latent_channels, cfg.aae_channels, cfg.aae_blocks))
     recompute_blocks(aae, cfg.checkpointing)
     disc = run.place(Discriminator(cfg.spatial_dims, len(cfg.targets), cfg.disc_channels))
-    if not stage.start_from_pretrained(aae, spec.travel()):
+    if stage.start_from_pretrained(aae, spec.travel()):
+        aae.latent_mean.zero_()  # found anew
+        aae.latent_std.fill_(1)
+    else:
         aae.start_from_blocks(cohort.some()['target'].to(run.device))
-    aae.latent_mean.zero_()  # those of a pretrained one
-    aae.latent_std.fill_(1)
     run.same_start(aae, disc)
     opt, ema = optim.make(cfg.optimizer, [(aae, 1)], run.precision), utils.EMA(aae, cfg.ema)
     disc_opt = optim.make('adam', [(disc, 1)])
