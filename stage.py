@@ -131,7 +131,7 @@ class Stage:
         self.batch = cfg.batch_size * run.world  # the effective batch: samples a step over all processes
         self.state = dict(step=0, samples=0, seconds=0.0, evaluated=-1, best=None, best_step=-1, best_row={}, base={})
         self.last = self.folder / f'last_{name}.pth.tar'
-        self.pretrained, self.trained_on = None, set()
+        self.pretrained, self.trained_on, self.validated_on = None, set(), set()  # subject_keys
         if cfg.pretrained and name != 'post' and (cfg.restart or not self.last.exists()):  # else it goes on
             path = Path('result') / cfg.pretrained / f'{BEST[name]}.pth.tar'
             self.pretrained = path, load_checkpoint(path, name)  # before --restart moves anything
@@ -181,11 +181,15 @@ class Stage:
 
     def builds_on(self, train_ids, validation_ids, *earlier):
         """Note whom this stage is trained on, and the stages before it (subject_keys of each)."""
-        root, earlier = self.cfg.data_root, set().union(*earlier)
-        self.trained_on |= subject_keys(root, train_ids) | earlier
-        if seen := subject_keys(root, validation_ids) & earlier:
-            self.log(f'{len(seen)} of the {len(validation_ids)} validation subjects were trained on in an earlier '
-                     'stage, whose images of them are too good: what is chosen by them fits new subjects less')
+        self.trained_on |= subject_keys(self.cfg.data_root, train_ids)
+        self.validated_on = subject_keys(self.cfg.data_root, validation_ids)
+        self._builds_on(set().union(*earlier))
+
+    def _builds_on(self, earlier):
+        self.trained_on |= earlier
+        if seen := self.validated_on & earlier:
+            self.log(f'{len(seen)} of the {len(self.validated_on)} validation subjects are training subjects of the '
+                     'networks that this stage builds on: their figures are too good; validate with others')
 
     def start_from_pretrained(self, net, prep):
         """With cfg.pretrained: give net the weights of that experiment's network of this stage. False if not.
@@ -201,7 +205,7 @@ class Stage:
         if theirs['target_names'] != prep['target_names']:
             raise RunError(f"{path} makes {', '.join(theirs['target_names'])}, the settings ask for "
                            f"{', '.join(prep['target_names'])}; the targets of both must be the same, in this order")
-        self.trained_on |= set(data.get('trained_on', ()))
+        self._builds_on(set(data.get('trained_on', ())))
         others = [name for name in ('spacing', 'frame_spacing', 'scaling') if theirs[name] != prep[name]]
         told = f'; {", ".join(others)} differ, to which the network has to adapt' if others else ''
         self.log(f'starts from {path} (step {data["step"]}){told}')
@@ -243,9 +247,10 @@ class Stage:
     def _keep_for_later_stages(self):
         """A finished stage that goes on: those after it were trained on its checkpoint as it is; keep it aside."""
         after = [BEST[name] for name in AFTER.get(self.name, ()) if (self.folder / f'{BEST[name]}.pth.tar').exists()]
-        if after and self.run.main and self.state['evaluated'] >= self.step:
+        best = self.folder / f'{BEST[self.name]}.pth.tar'
+        if after and best.exists() and self.run.main and self.state['evaluated'] >= self.step:
             aside = old_folder(self.folder)
-            shutil.copy2(self.folder / f'{BEST[self.name]}.pth.tar', aside)
+            shutil.copy2(best, aside)
             self.log(f'{" and ".join(after)} belong to {BEST[self.name]} as it was, which is kept in {aside}: run the '
                      'later stages anew with --restart, or put it back')
 
