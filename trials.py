@@ -201,8 +201,8 @@ TRIALS = [
     # Few subjects of another kind: what do phantoms teach that 30 patients cannot?
     Trial('stroke/phantoms', 'regression U-Net of ours, 144 subjects of the usual kind', (REGRESSION,),
           infer='--stage regression', seeds=THREE, sets=('shifted',)),
-    Trial('stroke/few', 'the same, 30 subjects of the kind of the set', (f'{REGRESSION} --eval_every 250',),
-          infer='--stage regression', seeds=THREE, sets=('shifted',), few=True),
+    Trial('stroke/few', 'regression U-Net of ours, 30 subjects of the kind of the set',
+          (f'{REGRESSION} --eval_every 250',), infer='--stage regression', seeds=THREE, sets=('shifted',), few=True),
     Trial('stroke/few_pretrained', 'trained on the 144, then for 300 steps at 3e-5 on the 30',
           (f'{REGRESSION} --regression_steps 300 --regression_lr 3e-5 --eval_every 100',), infer='--stage regression',
           seeds=THREE, sets=('shifted',), few=True, pretrained='stroke/phantoms'),

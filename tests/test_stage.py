@@ -220,7 +220,8 @@ def test_a_checkpoint_knows_whom_it_was_trained_on_without_names():
         assert 'validation subjects are training' not in f.read()
     one = Stage(utils.Run('cpu', 'fp32'), settings('--exp', 'other'), 'unet', ())
     one.builds_on(['sub-1'], ['sub-2', 'sub-3'], data['trained_on'])
-    assert '1 of the 2 validation subjects are training subjects of the networks' in Path('result/other/log.txt').read_text()
+    said = Path('result/other/log.txt').read_text()
+    assert '1 of the 2 validation subjects are training subjects of the networks' in said
     one.lock.close()
 
 
