@@ -264,7 +264,10 @@ def _others(cfg, flag):
 
 
 def _figures_of(cfg, exp, file):
-    """A table of subjects of an experiment; RunError if it is missing, damaged, or of another split or data_root."""
+    """A table of subjects of an experiment.
+
+    RunError if it is missing, empty, or of another split or data_root, ExperimentError if it is damaged.
+    """
     path = Path('result') / exp / file
     if not path.exists():
         if (path.parent / file.replace('.csv', '_predictions.csv')).exists():

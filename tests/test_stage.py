@@ -188,7 +188,6 @@ def test_a_refused_run_leaves_the_settings_of_the_one_before():
 
 def test_a_finished_stage_that_goes_on_keeps_what_later_stages_were_trained_on(capsys):
     Loop()
-    best = (FOLDER / 'CHECKPOINT_Unet.pth.tar').read_bytes()
     Loop(steps=10)
     assert not list(FOLDER.glob('old_*'))
     (FOLDER / 'CHECKPOINT_Unet_post.pth.tar').write_bytes(b'trained on it')
